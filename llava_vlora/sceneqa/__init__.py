@@ -1,0 +1,32 @@
+"""SceneQA: a rendered question-answering benchmark in LLaVA's file formats."""
+
+from llava_vlora.sceneqa.dataset import (
+    SceneQAFiles,
+    dataset_files,
+    load_dataset,
+    write_dataset,
+)
+from llava_vlora.sceneqa.score import accuracy, score
+from llava_vlora.sceneqa.sizes import (
+    CATEGORIES,
+    SIZES,
+    SceneQAError,
+    SceneSize,
+    TrainingRecipe,
+    scene_size,
+)
+
+__all__ = [
+    "CATEGORIES",
+    "SIZES",
+    "SceneQAError",
+    "SceneQAFiles",
+    "SceneSize",
+    "TrainingRecipe",
+    "accuracy",
+    "dataset_files",
+    "load_dataset",
+    "scene_size",
+    "score",
+    "write_dataset",
+]

@@ -1,0 +1,92 @@
+"""Scoring of SceneQA answers and the level that is reached without looking at the image."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from llava_vlora.sceneqa.questions import Question
+from llava_vlora.sceneqa.sizes import CATEGORIES, SceneQAError
+
+
+@dataclass(frozen=True)
+class BlindLevel:
+    """What a model without the image reaches in one category (fractions of 1).
+
+    Attributes:
+        questions: number of test questions.
+        chance: expected accuracy of a uniform guess among the category's answers.
+        majority: accuracy of always giving the most frequent test answer.
+        prior: accuracy of giving, to every question text, the answer that the training set gives
+            most often; the strongest blind answer there is.
+    """
+
+    questions: int
+    chance: float
+    majority: float
+    prior: float
+
+
+def _normalise(text: str) -> str:
+    """Lower case, punctuation dropped, single spaces."""
+    return " ".join(re.sub(r"[^\w\s]", " ", text.lower()).split())
+
+
+def score(prediction: str, label: str) -> bool:
+    """Whether a prediction is the label, apart from case, punctuation and spacing."""
+    return _normalise(prediction) == _normalise(label)
+
+
+def accuracy(
+    predictions: Mapping[int, str], labels: Iterable[Mapping[str, object]]
+) -> dict[str, float]:
+    """Accuracy of every category and "overall", over all labelled questions (fractions of 1).
+
+    Args:
+        predictions: predicted text by question id.
+        labels: rows of the answer file with "question_id", "label" and "category".
+
+    Raises:
+        SceneQAError: if a labelled question has no prediction or there are no labels.
+    """
+    hits: dict[str, list[bool]] = defaultdict(list)
+    for row in labels:
+        identifier = row["question_id"]
+        if not isinstance(identifier, int) or identifier not in predictions:
+            raise SceneQAError(
+                f"no prediction for question {identifier!r}; run the evaluator on all questions"
+            )
+        hit = score(predictions[identifier], str(row["label"]))
+        hits[str(row["category"])].append(hit)
+        hits["overall"].append(hit)
+    if not hits:
+        raise SceneQAError("the answer file has no rows; write the dataset again")
+    order = [c for c in (*CATEGORIES, "overall") if c in hits]
+    return {category: sum(hits[category]) / len(hits[category]) for category in order}
+
+
+def blind_levels(train: Sequence[Question], test: Sequence[Question]) -> dict[str, BlindLevel]:
+    """Measures, per category, what is reached from the questions and the answer statistics."""
+    by_text: dict[str, Counter[str]] = defaultdict(Counter)
+    by_category: dict[str, Counter[str]] = defaultdict(Counter)
+    for question in train:
+        by_text[question.text][question.answer] += 1
+        by_category[question.category][question.answer] += 1
+    levels = {}
+    for category in CATEGORIES:
+        asked = [q for q in test if q.category == category]
+        if not asked:
+            continue
+        guesses = [
+            (by_text[q.text] or by_category[category]).most_common(1)[0][0] for q in asked
+        ]
+        most = Counter(q.answer for q in asked).most_common(1)[0][1]
+        levels[category] = BlindLevel(
+            questions=len(asked),
+            chance=1 / len(by_category[category]),
+            majority=most / len(asked),
+            prior=sum(g == q.answer for g, q in zip(guesses, asked, strict=True)) / len(asked),
+        )
+    return levels

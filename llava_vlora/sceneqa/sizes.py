@@ -1,0 +1,139 @@
+"""Scene sizes and the training recipe that goes with each of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llava_vlora.errors import VLoRAError
+
+CATEGORIES = ("color", "shape", "digit", "position", "relation", "counting", "existence")
+DIGITS = tuple("0123456789")
+
+
+class SceneQAError(VLoRAError, ValueError):
+    """Wrong use of the SceneQA benchmark, or damaged SceneQA files."""
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """Hyperparameters that train a model on one scene size with LLaVA's own script.
+
+    Attributes:
+        train_images: number of training scenes to write.
+        test_images: number of held-out scenes to write.
+        pretrain_steps: optimiser steps of the projector-only stage on captions.
+        pretrain_batch: samples per pretraining step.
+        pretrain_lr: learning rate of the projector in pretraining.
+        finetune_steps: optimiser steps of the full finetuning stage.
+        finetune_batch: samples per finetuning step.
+        finetune_lr: learning rate of the language model in finetuning.
+        projector_lr: learning rate of the projector in finetuning.
+        vlora_dim: width of VLoRA's generator.
+        vlora_depth: number of blocks of VLoRA's generator.
+        vlora_heads: attention heads of VLoRA's generator.
+        vlora_rank: rank of the generated weights.
+        vlora_alpha: scale numerator, the deltas are scaled by alpha / rank.
+        vlora_type: projections that receive generated weights.
+        skip_layers: every how many layers the generated weights are applied.
+    """
+
+    train_images: int
+    test_images: int
+    pretrain_steps: int
+    pretrain_batch: int
+    pretrain_lr: float
+    finetune_steps: int
+    finetune_batch: int
+    finetune_lr: float
+    projector_lr: float
+    vlora_dim: int
+    vlora_depth: int
+    vlora_heads: int
+    vlora_rank: int
+    vlora_alpha: int
+    vlora_type: str
+    skip_layers: int
+
+
+@dataclass(frozen=True)
+class SceneSize:
+    """One size of the benchmark.
+
+    Attributes:
+        name: registry name.
+        cells: rows and columns of the object grid.
+        cell_px: side of one grid cell in pixels.
+        patch_px: patch side of the matching CLIP tower in pixels.
+        regions: rows and columns of named regions ("top left"), divides ``cells``.
+        min_objects: fewest objects in a scene.
+        max_objects: most objects in a scene.
+        colors: object colours.
+        shapes: object shapes; the ten digits are objects too.
+        turns: questions per training sample.
+        recipe: hyperparameters for this size.
+    """
+
+    name: str
+    cells: int
+    cell_px: int
+    patch_px: int
+    regions: int
+    min_objects: int
+    max_objects: int
+    colors: tuple[str, ...]
+    shapes: tuple[str, ...]
+    turns: int
+    recipe: TrainingRecipe
+
+    @property
+    def image_px(self) -> int:
+        """Side of the square image in pixels."""
+        return self.cells * self.cell_px
+
+    @property
+    def patches(self) -> int:
+        """Number of patches the CLIP tower cuts the image into."""
+        return (self.image_px // self.patch_px) ** 2
+
+
+_COLORS = ("red", "green", "blue", "yellow", "purple", "white")
+_SHAPES = ("circle", "square", "triangle", "cross")
+
+SIZES: dict[str, SceneSize] = {
+    "small": SceneSize(
+        name="small", cells=4, cell_px=14, patch_px=14, regions=2, min_objects=2, max_objects=4,
+        colors=_COLORS, shapes=_SHAPES, turns=10,
+        recipe=TrainingRecipe(
+            train_images=6000, test_images=100,
+            pretrain_steps=150, pretrain_batch=16, pretrain_lr=2e-3,
+            finetune_steps=600, finetune_batch=16, finetune_lr=1e-3, projector_lr=1e-3,
+            vlora_dim=128, vlora_depth=2, vlora_heads=4, vlora_rank=16, vlora_alpha=16,
+            vlora_type="qkvom", skip_layers=1,
+        ),
+    ),
+    "full": SceneSize(
+        name="full", cells=6, cell_px=28, patch_px=14, regions=3, min_objects=4, max_objects=9,
+        colors=(*_COLORS, "orange", "cyan"), shapes=(*_SHAPES, "diamond", "star"), turns=14,
+        recipe=TrainingRecipe(
+            train_images=20000, test_images=200,
+            pretrain_steps=500, pretrain_batch=16, pretrain_lr=2e-3,
+            finetune_steps=3000, finetune_batch=16, finetune_lr=1e-3, projector_lr=1e-3,
+            vlora_dim=256, vlora_depth=2, vlora_heads=8, vlora_rank=32, vlora_alpha=32,
+            vlora_type="qkvom", skip_layers=1,
+        ),
+    ),
+}
+
+
+def scene_size(name: str) -> SceneSize:
+    """Looks a size up by name.
+
+    Raises:
+        SceneQAError: if the name is unknown.
+    """
+    try:
+        return SIZES[name]
+    except KeyError:
+        raise SceneQAError(
+            f"unknown SceneQA size {name!r}; choose one of {', '.join(SIZES)}"
+        ) from None
