@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Makes the project's environment: scripts/setup.sh [current|pinned]
+#   current -> .venv          recent transformers
+#   pinned  -> .venv-pinned   the transformers release that LLaVA's requirements name
+# PYTHON=/path/to/python chooses the interpreter (3.10 to 3.12). A second run returns at once.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+stack=${1:-current}
+case $stack in
+    current) venv=.venv ;;
+    pinned) venv=.venv-pinned ;;
+    *) echo "setup: unknown stack '$stack'; choose current or pinned" >&2; exit 2 ;;
+esac
+constraints=scripts/constraints-$stack.txt
+llava=llava-torch==1.2.2.post1
+log=$venv/setup.log
+
+find_python() {
+    local name
+    for name in ${PYTHON:+"$PYTHON"} python3.11 python3.10 python3.12 python3; do
+        if "$name" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' \
+            >/dev/null 2>&1; then
+            echo "$name"
+            return
+        fi
+        if [ -n "${PYTHON:-}" ]; then break; fi
+    done
+    echo "setup: needs Python 3.10, 3.11 or 3.12${PYTHON:+ (PYTHON=$PYTHON is not one)};" \
+        "install one or set PYTHON=/path/to/python" >&2
+    return 1
+}
+
+step() {
+    local title=$1
+    shift
+    echo "setup $stack: $title"
+    if ! "$@" >>"$log" 2>&1; then
+        tail -n 25 "$log" >&2
+        echo "setup $stack: FAILED while: $title (whole log: $log)" >&2
+        exit 1
+    fi
+}
+
+python=$(find_python)
+# The folder belongs to the stamp because an environment does not survive a move.
+stamp=$( (pwd; "$python" -VV; cat "$constraints" setup.cfg pyproject.toml scripts/setup.sh) |
+    "$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
+if [ "$(cat "$venv/setup.stamp" 2>/dev/null)" = "$stamp" ]; then
+    echo "setup $stack: $venv is up to date"
+    exit 0
+fi
+
+rm -f "$venv/setup.stamp"
+mkdir -p "$venv"
+: >"$log"
+pip=("$venv/bin/python" -m pip install --disable-pip-version-check --no-input -c "$constraints")
+step "make $venv with $("$python" --version)" "$python" -m venv --clear --upgrade-deps "$venv"
+step "install torch" "${pip[@]}" torch==2.13.0
+step "install llava-vlora and its dependencies" "${pip[@]}" -e ".[llava,lora,dev]"
+step "install $llava without its pins" "${pip[@]}" --no-deps "$llava"
+echo "$stamp" >"$venv/setup.stamp"
+echo "setup $stack: done, use $venv/bin/llava-vlora"

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Checks everything: scripts/test.sh [--fast] [pytest arguments]
+# Lint and types once, then the tests on both stacks. --fast or LLAVA_VLORA_FAST=1 leaves out slow tests.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+fast=${LLAVA_VLORA_FAST:-0}
+if [ "${1:-}" = --fast ]; then
+    fast=1
+    shift
+fi
+pytest_args=(-q -p no:cacheprovider -n 2)
+if [ "$fast" = 1 ]; then pytest_args+=(-m "not slow"); fi
+
+# Two workers on two cores: more threads each would only fight.
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLBACKEND=Agg
+failed=()
+check() {
+    local title=$1
+    shift
+    echo "== $title"
+    "$@" || failed+=("$title")
+}
+
+bash scripts/setup.sh current || exit 1
+bash scripts/setup.sh pinned || exit 1
+check "ruff check" .venv/bin/ruff check .
+check "ruff format" .venv/bin/ruff format --check .
+check "mypy" .venv/bin/mypy
+check "tests, pinned stack" .venv-pinned/bin/python -m pytest "${pytest_args[@]}" "$@" </dev/null
+check "tests, current stack" .venv/bin/python -m pytest "${pytest_args[@]}" "$@" </dev/null
+
+if [ ${#failed[@]} -gt 0 ]; then
+    printf 'FAILED: %s\n' "${failed[@]}" >&2
+    exit 1
+fi
