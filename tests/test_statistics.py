@@ -26,7 +26,9 @@ def test_wilson_interval_refuses_what_is_no_proportion(successes: int, total: in
 @pytest.mark.parametrize(
     ("both", "only_first", "only_second"), [(3, 0, 0), (5, 1, 0), (0, 9, 2), (40, 700, 640)]
 )
-def test_mcnemar_is_the_sign_test_on_disagreements(both: int, only_first: int, only_second: int) -> None:
+def test_mcnemar_is_the_sign_test_on_disagreements(
+    both: int, only_first: int, only_second: int
+) -> None:
     first = [True] * both + [True] * only_first + [False] * only_second
     second = [True] * both + [False] * only_first + [True] * only_second
     result = mcnemar_exact(first, second)

@@ -1,4 +1,4 @@
-"""Uncertainty of accuracies and of differences between two models that answer the same questions."""
+"""Uncertainty of accuracies and of differences between models that answer the same questions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PairedTest:
 
 
 def wilson_interval(successes: int, total: int, confidence: float = 0.95) -> Interval:
-    """Wilson score interval of a proportion (Wilson 1927); sound near 0 and 1 and for small samples.
+    """Wilson score interval of a proportion (Wilson 1927); sound near 0, near 1 and for few trials.
 
     Raises:
         ValueError: ``total`` is not positive, or ``successes`` lies outside ``0..total``.
@@ -74,10 +74,10 @@ def clustered_difference(
     resamples: int = 2000,
     confidence: float = 0.95,
 ) -> Interval:
-    """Percentile bootstrap interval of ``accuracy(first) - accuracy(second)``, resampling whole clusters.
+    """Bootstrap interval (percentile) of ``accuracy(first) - accuracy(second)`` over clusters.
 
-    Questions about one image stand or fall together, which McNemar's test ignores; resampling images
-    keeps that dependence.
+    Questions about one image tend to stand or fall together, which McNemar's test ignores;
+    resampling whole images keeps that dependence.
 
     Args:
         first: For each question, whether the first model is right.
