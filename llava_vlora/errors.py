@@ -1,0 +1,52 @@
+"""Errors that a user can cause, each with a message that says what, where and what to do.
+
+    VLoRAError
+    ├── ConfigError              a setting is unknown, missing or contradicts another one
+    ├── UnsupportedDecoderError  the language model has no named linear layers to write to
+    ├── WeightsError             perceptual weights do not fit the model or the batch
+    ├── ImageError               an image or image tensor cannot be used
+    ├── PromptError              a prompt and its images do not go together
+    ├── CheckpointError          a checkpoint folder lacks a file or holds the wrong one
+    └── DataError                a data file is not in LLaVA's format
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class VLoRAError(Exception):
+    """Base of all errors raised on purpose by this package."""
+
+
+class ConfigError(VLoRAError, ValueError):
+    """A setting is unknown, missing or contradicts another one."""
+
+
+class UnsupportedDecoderError(VLoRAError, ValueError):
+    """The language model lacks the named linear layers that perceptual weights go to."""
+
+
+class WeightsError(VLoRAError, ValueError):
+    """Perceptual weights do not fit the model, the batch or the requested operation."""
+
+
+class ImageError(VLoRAError, ValueError):
+    """An image or image tensor cannot be used."""
+
+
+class PromptError(VLoRAError, ValueError):
+    """A prompt and its images do not go together."""
+
+
+class CheckpointError(VLoRAError, OSError):
+    """A checkpoint folder lacks a file or holds one that does not fit."""
+
+
+class DataError(VLoRAError, ValueError):
+    """A data file is not in the format that LLaVA reads."""
+
+
+def listing(names: Iterable[object]) -> str:
+    """Names in one line for a message, in the given order: ``'a', 'b'``."""
+    return ", ".join(repr(name) for name in names)

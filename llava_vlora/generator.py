@@ -1,0 +1,185 @@
+"""The perceptual weights generator: patch features of an image -> perceptual weights (paper section 3.2, Fig. 3).
+
+Parameter names and arithmetic are those of the public VLoRA checkpoints, so that these load unchanged.
+Knows nothing about language models beyond the widths in :class:`~llava_vlora.decoder.DecoderShape`.
+
+Shapes: B images, V patches, D generator width, T weight types, K injected layers, R rank, I/O input and
+output width of a weight type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import VLoRAConfig
+from .decoder import DecoderShape
+from .errors import ConfigError, ImageError
+from .weights import Factors, PerceptualWeights
+
+_MLP_RATIO = 4
+
+
+class DecoderBlock(nn.Module):
+    """Pre-norm block: queries attend to each other, then to the image, then an MLP (Fig. 3a)."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        """A block of width ``dim`` with ``heads`` attention heads."""
+        super().__init__()
+        self.self_attn = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.multihead_attn = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.linear1 = nn.Linear(dim, _MLP_RATIO * dim)
+        self.linear2 = nn.Linear(_MLP_RATIO * dim, dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.norm3 = nn.LayerNorm(dim)
+
+    def forward(self, queries: Tensor, image: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        """One step.
+
+        Args:
+            queries: ``[B, Q, D]``.
+            image: ``[B, V, D]``; enters the cross-attention without a norm, as released.
+            need_weights: Also return where the queries looked.
+
+        Returns:
+            The new queries ``[B, Q, D]`` and the cross-attention ``[B, Q, V]`` (mean over heads) or None.
+        """
+        x = self.norm1(queries)
+        queries = queries + self.self_attn(x, x, x, need_weights=False)[0]
+        x = self.norm2(queries)
+        seen, attention = self.multihead_attn(x, image, image, need_weights=need_weights)
+        queries = queries + seen
+        x = self.norm3(queries)
+        return queries + self.linear2(F.gelu(self.linear1(x))), attention
+
+
+class SubGenerator(nn.Module):
+    """Learned queries, decoder blocks and the shared linear head that spells each query out as a factor."""
+
+    def __init__(self, config: VLoRAConfig, queries: int, width: int) -> None:
+        """A sub-generator with ``queries`` learned queries whose factors are ``[width, rank]``."""
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(1, queries, config.dim))
+        self.decoders = nn.ModuleList(DecoderBlock(config.dim, config.heads) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.dim)
+        self.weights_head = nn.Linear(config.dim, width * config.rank)
+
+    def forward(self, image: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Latents ``[B, Q, D]`` and, on request, attention ``[B, Q, V]`` averaged over blocks and heads."""
+        queries, seen = self.queries.expand(image.shape[0], -1, -1), []
+        for block in self.decoders:
+            queries, attention = block(queries, image, need_weights)
+            if attention is not None:
+                seen.append(attention)
+        return self.norm(queries), torch.stack(seen).mean(0) if seen else None
+
+
+class PerceptualWeightsGenerator(nn.Module):
+    """Turns the patch features of an image into low-rank weights for a language model.
+
+    One factor of each weight depends on the image, the other (``Bs``) is learned and shared by all images;
+    it starts at zero, so an untrained generator leaves the language model unchanged.
+    """
+
+    def __init__(self, config: VLoRAConfig, shape: DecoderShape, visual_dim: int, num_patches: int) -> None:
+        """Build the generator for a decoder of ``shape`` and a vision tower.
+
+        Args:
+            config: Settings.
+            shape: Widths of the decoder's linear layers, for each letter of ``config.types``.
+            visual_dim: Width of the patch features.
+            num_patches: Patches of an image.
+
+        Raises:
+            ConfigError: The injected layers do not fit the decoder, or a single generator
+                (``weights_sep False``) would need factors of different widths.
+        """
+        super().__init__()
+        self.config = config
+        self.layers = config.layers(shape.num_layers)
+        self.num_patches, self.visual_dim = num_patches, visual_dim
+        self.in_features = {t: shape.in_features[t] for t in config.types}
+        self.out_features = {t: shape.out_features[t] for t in config.types}
+        k, widths = len(self.layers), list(self.in_features.values())
+        self.visual_proj = nn.Linear(visual_dim, config.dim)
+        self.pos_embed = nn.Parameter(torch.randn(1, num_patches, config.dim))
+        self.gen: nn.ModuleList | SubGenerator
+        if config.separate:
+            self.gen = nn.ModuleList(SubGenerator(config, k, width) for width in widths)
+        elif len(set(widths)) == 1:
+            self.gen = SubGenerator(config, len(widths) * k, widths[0])
+        else:
+            raise ConfigError(
+                f"weights_sep False needs one input width for all weight types, but they are {self.in_features}; "
+                "use weights_sep True."
+            )
+        self._init_linear()
+        # Rectangular weights (grouped-query attention) cannot share the public format's single tensor.
+        self.square = set(widths) == set(self.out_features.values()) and len(set(widths)) == 1
+        flat = {t: torch.zeros(1, k, out * config.rank) for t, out in self.out_features.items()}
+        self.Bs: nn.Parameter | nn.ParameterDict
+        if self.square:
+            self.Bs = nn.Parameter(torch.cat(list(flat.values()), dim=1))
+        else:
+            self.Bs = nn.ParameterDict({t: nn.Parameter(b) for t, b in flat.items()})
+
+    def _init_linear(self) -> None:
+        # The public code's scheme: queries and position embeddings keep their unit variance.
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, features: Tensor) -> PerceptualWeights:
+        """Patch features ``[B, V, visual_dim]`` -> the weights of B images."""
+        return self.expand(self.latents(features))
+
+    def latents(self, features: Tensor) -> dict[str, Tensor]:
+        """The image in its smallest form: for each weight type ``[B, K, D]``.
+
+        Raises:
+            ImageError: The features have another width or patch count than the generator was built for.
+        """
+        return {letter: latent for letter, (latent, _) in self._run(features, need_weights=False).items()}
+
+    def look(self, features: Tensor) -> Tensor:
+        """Where the generator looks: cross-attention ``[B, T, K, V]``, mean over blocks and heads; rows sum to one."""
+        found = self._run(features, need_weights=True)
+        return torch.stack([attention for _, attention in found.values() if attention is not None], dim=1)
+
+    def expand(self, latents: Mapping[str, Tensor]) -> PerceptualWeights:
+        """Spell latents out as factors (the paper's shared linear layer W_s of Fig. 3b)."""
+        factors = {}
+        for i, letter in enumerate(self.config.types):
+            latent = latents[letter]
+            batch, k, _ = latent.shape
+            head = (self.gen[i] if isinstance(self.gen, nn.ModuleList) else self.gen).weights_head
+            a = head(latent).view(batch, k, self.in_features[letter], self.config.rank)
+            factors[letter] = Factors(a, self._static(i, letter))
+        some = next(iter(factors.values())).a
+        return PerceptualWeights(factors, self.layers, torch.ones(len(some), dtype=torch.bool, device=some.device))
+
+    def _static(self, i: int, letter: str) -> Tensor:
+        k = len(self.layers)
+        flat = self.Bs[:, i * k : (i + 1) * k] if isinstance(self.Bs, nn.Parameter) else self.Bs[letter]
+        return self.config.scale * flat.view(k, self.out_features[letter], self.config.rank)
+
+    def _run(self, features: Tensor, need_weights: bool) -> dict[str, tuple[Tensor, Tensor | None]]:
+        if features.ndim != 3 or features.shape[1:] != (self.num_patches, self.visual_dim):
+            raise ImageError(
+                f"Image features have shape {tuple(features.shape)}; the generator was built for "
+                f"[images, {self.num_patches} patches, {self.visual_dim}]. Use the vision tower and the image "
+                "size that the model was trained with."
+            )
+        image = self.visual_proj(features.to(self.visual_proj.weight.dtype)) + self.pos_embed
+        if isinstance(self.gen, nn.ModuleList):
+            return {t: sub(image, need_weights) for t, sub in zip(self.config.types, self.gen, strict=True)}
+        latent, attention = self.gen(image, need_weights)
+        k, count = len(self.layers), len(self.config.types)
+        parts = latent.split(k, dim=1)
+        looks = attention.split(k, dim=1) if attention is not None else (None,) * count
+        return {t: (parts[i], looks[i]) for i, t in enumerate(self.config.types)}

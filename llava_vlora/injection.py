@@ -1,0 +1,255 @@
+"""Applying perceptual weights to a live decoder: forward hooks that exist only while they are needed.
+
+``with seeing(model, weights): model(...)`` adds ``(x a) b^T`` to the output of every injected module
+(paper equation 4). Which weights a hook uses is a property of the running call, not of the model: two
+threads that look at two images through one model never meet.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from .decoder import TARGETS, decoder_layers
+from .errors import WeightsError
+from .weights import PerceptualWeights
+
+_Place = tuple[str, int]  # weight type, decoder layer
+
+#: Weights that the running call sees, innermost last, with the decoder layers that each belongs to.
+_ACTIVE: ContextVar[tuple[tuple[nn.ModuleList, _Seen], ...]] = ContextVar("llava_vlora_seen", default=())
+
+_LOCK = threading.Lock()
+#: Hooks in place on a decoder and the number of running calls that need each.
+_ATTACHED: WeakKeyDictionary[nn.ModuleList, dict[_Place, tuple[RemovableHandle, int]]] = WeakKeyDictionary()
+
+
+@contextmanager
+def seeing(model: nn.Module, weights: PerceptualWeights, *, expand: bool = False) -> Iterator[None]:
+    """While open, calls of ``model`` from this thread see the images behind ``weights``.
+
+    Args:
+        model: A causal language model or any module that holds its decoder layers.
+        weights: One row for each row of the input batch, or a single row for all.
+        expand: Accept inputs with a multiple of ``len(weights)`` rows, laid out as ``repeat_interleave``
+            does it (beam search, several return sequences).
+
+    Raises:
+        WeightsError: The weights do not fit the decoder; or, from inside a call, the input batch.
+    """
+    layers = decoder_layers(model)
+    _check_fit(layers, weights)
+    with ExitStack() as stack:
+        bound = _checkpointed(model) if torch.is_grad_enabled() else []
+        reentrant = any(_is_reentrant(module._gradient_checkpointing_func) for module in bound)
+        seen = _Seen(weights, expand, leaves=reentrant and _needs_grad(weights))
+        for module in bound:
+            stack.enter_context(_bind_checkpoint(module, layers, seen))
+        if seen.bridge is not None:
+            stack.enter_context(seen.bridge.between(cast(Any, model).get_input_embeddings()))
+        stack.enter_context(_activate(layers, seen))
+        yield
+
+
+def active(model: nn.Module) -> PerceptualWeights | None:
+    """The weights that calls of ``model`` from this thread see now, or None."""
+    owners = _ACTIVE.get()
+    if not owners:
+        return None
+    layers = decoder_layers(model)
+    return next((seen.weights for owner, seen in reversed(owners) if owner is layers), None)
+
+
+class _Seen:
+    """The weights of one running call, unpacked by layer."""
+
+    def __init__(self, weights: PerceptualWeights, expand: bool, leaves: bool) -> None:
+        self.weights, self.rows, self.expand = weights, len(weights), expand
+        self.factors: dict[_Place, tuple[Tensor, Tensor]] = {}
+        self._ready: dict[tuple[object, ...], Tensor] = {}
+        for letter, factor in weights.factors.items():
+            # unbind once: its gradient is one stack, while indexing would fill a full-size tensor per layer.
+            a, b = (t.unbind(1 if t.ndim == 4 else 0) for t in (factor.a, factor.b))
+            for j, layer in enumerate(weights.layers):
+                self.factors[letter, layer] = (a[j], b[j])
+        self.bridge = _Bridge(self.factors) if leaves else None
+        if self.bridge is not None:
+            self.factors = self.bridge.leaves
+
+    def delta(self, place: _Place, x: Tensor) -> Tensor:
+        """``(x a) b^T`` for inputs ``x [N, L, I]`` -> ``[N, L, O]``."""
+        a, b = (self._fit(t, x) for t in self.factors[place])
+        low = x @ a
+        return F.linear(low, b) if b.ndim == 2 else low @ b.mT
+
+    def _fit(self, factor: Tensor, x: Tensor) -> Tensor:
+        """The factor on the device and in the dtype of ``x``, one row for each row of ``x``."""
+        times = 1
+        if factor.ndim == 3:
+            times = x.shape[0] // self.rows if self.expand else 1
+            if self.rows == 1:
+                factor, times = factor[0], 1
+            elif x.shape[0] != self.rows * times:
+                raise WeightsError(
+                    f"The input has {x.shape[0]} rows, but the perceptual weights in use are for {self.rows}; "
+                    "give one row of weights for each row of the batch, or a single row for all."
+                )
+        if factor.requires_grad:
+            return _convert(factor, x, times)
+        key = (factor.data_ptr(), times, x.device, x.dtype, torch.is_inference_mode_enabled())
+        if key not in self._ready:
+            self._ready[key] = _convert(factor, x, times)
+        return self._ready[key]
+
+
+def _convert(factor: Tensor, x: Tensor, times: int) -> Tensor:
+    factor = factor.to(device=x.device, dtype=x.dtype)
+    return factor if times == 1 else factor.repeat_interleave(times, dim=0)
+
+
+# --- hooks -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _activate(layers: nn.ModuleList, seen: _Seen) -> Iterator[None]:
+    """Make ``seen`` what this thread's calls use, with a hook on each module that it changes."""
+    places = list(seen.factors)
+    with _LOCK:
+        attached = _ATTACHED.setdefault(layers, {})
+        for place in places:
+            handle, count = attached.get(place) or (_attach(layers, place), 0)
+            attached[place] = (handle, count + 1)
+    token = _ACTIVE.set((*_ACTIVE.get(), (layers, seen)))
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)
+        with _LOCK:
+            for place in places:
+                handle, count = attached.pop(place)
+                if count > 1:
+                    attached[place] = (handle, count - 1)
+                else:
+                    handle.remove()
+
+
+def _attach(layers: nn.ModuleList, place: _Place) -> RemovableHandle:
+    letter, layer = place
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        for owner, seen in reversed(_ACTIVE.get()):
+            if owner is layers:
+                return output + seen.delta(place, args[0]) if place in seen.factors else None
+        return None  # another thread's hook: this call sees no image
+
+    return layers[layer].get_submodule(TARGETS[letter].path).register_forward_hook(hook)
+
+
+def _check_fit(layers: nn.ModuleList, weights: PerceptualWeights) -> None:
+    if weights.layers and weights.layers[-1] >= len(layers):
+        raise WeightsError(
+            f"The perceptual weights are for layer {weights.layers[-1]}, but the language model has "
+            f"{len(layers)} layers; use the model that they were made with."
+        )
+    for letter, factor in weights.factors.items():
+        target = TARGETS[letter]
+        read = layers[0].get_submodule(target.reads).in_features
+        written = layers[0].get_submodule(target.writes).out_features
+        if (factor.a.shape[-2], factor.b.shape[-2]) != (read, written):
+            raise WeightsError(
+                f"The perceptual weight {letter!r} maps width {factor.a.shape[-2]} to {factor.b.shape[-2]}, but "
+                f"{target.path} maps {read} to {written}; use the model that the weights were made with."
+            )
+
+
+# --- gradient checkpointing ------------------------------------------------------------------------
+# A checkpointed layer runs again in the backward pass, when the context is long closed and perhaps in
+# another thread. So the checkpoint function is bound to the weights of the forward pass it belongs to.
+
+
+def _checkpointed(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) and m.training]
+
+
+@contextmanager
+def _bind_checkpoint(module: Any, layers: nn.ModuleList, seen: _Seen) -> Iterator[None]:
+    original = module._gradient_checkpointing_func
+
+    def bound(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def run(*inner: Any, **options: Any) -> Any:
+            with _activate(layers, seen):
+                return function(*inner, **options)
+
+        return original(run, *args, **kwargs)
+
+    module._gradient_checkpointing_func = bound
+    try:
+        yield
+    finally:
+        module._gradient_checkpointing_func = original
+
+
+def _is_reentrant(function: Any) -> bool:
+    return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
+
+
+def _needs_grad(weights: PerceptualWeights) -> bool:
+    return any(t.requires_grad for f in weights.factors.values() for t in (f.a, f.b))
+
+
+class _Bridge:
+    """Carries gradients from the layers to the generator under reentrant checkpointing.
+
+    A reentrant checkpoint calls ``backward`` once for each layer and would walk the generator's graph each
+    time. Instead the layers see leaves, which collect gradients; a node at the input embeddings, the last
+    to run backward, hands them to the generator at once.
+    """
+
+    def __init__(self, factors: dict[_Place, tuple[Tensor, Tensor]]) -> None:
+        self.originals = [t for pair in factors.values() for t in pair]
+        flat = [t.detach().requires_grad_(t.requires_grad) for t in self.originals]
+        self.flat = flat
+        self.leaves = {place: (flat[2 * i], flat[2 * i + 1]) for i, place in enumerate(factors)}
+
+    @contextmanager
+    def between(self, embedding: nn.Module) -> Iterator[None]:
+        """Insert the node after ``embedding`` while open."""
+        used = []
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            used.append(True)
+            return cast(Tensor, _HandOver.apply(output, self.flat, *self.originals))
+
+        handle = embedding.register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+        if not used:
+            raise WeightsError(
+                "Reentrant gradient checkpointing needs token ids as input: with inputs_embeds alone the "
+                "generator would get no gradient. Pass input_ids, or set use_reentrant to False."
+            )
+
+
+class _HandOver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, leaves: list[Tensor], *originals: Tensor) -> Tensor:
+        ctx.leaves = leaves
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        collected = [leaf.grad for leaf in ctx.leaves]
+        for leaf in ctx.leaves:
+            leaf.grad = None  # a second backward through this context starts from nothing
+        return (grads[0], None, *collected)

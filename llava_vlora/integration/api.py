@@ -1,0 +1,76 @@
+"""LLaVA's loader, prompts and image preparation for the rest of the package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from llava.conversation import conv_templates
+from llava.mm_utils import process_images, tokenizer_image_token
+from PIL import Image
+from torch import Tensor
+
+from ..errors import ConfigError, ImageError, listing
+from .loading import load_pretrained_model
+from .registration import register
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to answer."""
+
+    tokenizer: Any
+    model: Any
+    image_processor: Any
+    """None for a plain language model."""
+    context_len: int
+    """Tokens."""
+
+
+def load(
+    path: str,
+    base: str | None = None,
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Loaded:
+    """Load a VLoRA, LLaVA or plain checkpoint.
+
+    Args:
+        path: Checkpoint folder.
+        base: Language model, for a folder that holds only a projector or LoRA weights.
+        device: ``cuda`` or ``cpu``; the GPU if there is one by default.
+        dtype: Of the weights; by default float16 on a GPU, the checkpoint's on a CPU.
+
+    Raises:
+        CheckpointError: A file is missing or does not fit.
+    """
+    register()
+    options = {} if dtype is None else {"torch_dtype": dtype}
+    return Loaded(*load_pretrained_model(path, base, "", device=device or "cuda", **options))
+
+
+def prompt_ids(tokenizer: Any, question: str, *, conv_mode: str = "vicuna_v1", image: bool = True) -> Tensor:
+    """Token ids ``[N]`` of one question in LLaVA's prompt, with -200 where the image goes.
+
+    Raises:
+        ConfigError: LLaVA has no such conversation template.
+    """
+    if conv_mode not in conv_templates:
+        raise ConfigError(f"Conversation template {conv_mode!r} is unknown; LLaVA has {listing(conv_templates)}.")
+    conversation = conv_templates[conv_mode].copy()
+    conversation.append_message(conversation.roles[0], f"<image>\n{question}" if image else question)
+    conversation.append_message(conversation.roles[1], None)
+    ids: Tensor = tokenizer_image_token(conversation.get_prompt(), tokenizer, return_tensors="pt")
+    return ids
+
+
+def pixel_values(images: Sequence[Image.Image], loaded: Loaded) -> Tensor:
+    """Images as the vision tower reads them: ``[B, 3, H, W]`` on the model's device and in its dtype."""
+    if loaded.image_processor is None:
+        raise ImageError("This model reads no images: it is a plain language model.")
+    batch = process_images([image.convert("RGB") for image in images], loaded.image_processor, loaded.model.config)
+    batch = torch.stack(list(batch)) if isinstance(batch, list) else torch.as_tensor(batch)
+    return batch.to(device=loaded.model.device, dtype=loaded.model.dtype)

@@ -1,0 +1,204 @@
+"""What a checkpoint folder holds, told by its files and never by its name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, listing
+
+_WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+PROJECTOR_FILE = "mm_projector.bin"
+ADAPTER_FILE = "adapter_config.json"
+NON_LORA_FILE = "non_lora_trainables.bin"
+
+Kind = Literal["full", "projector", "lora"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One folder: what it holds and what its config says."""
+
+    path: Path
+    kind: Kind
+    config: Mapping[str, Any]
+
+    @property
+    def vlora(self) -> bool:
+        """Whether it is of a VLoRA model."""
+        return is_vlora(self.config)
+
+    @property
+    def multimodal(self) -> bool:
+        """Whether it has a vision tower."""
+        return self.vlora or "mm_vision_tower" in self.config
+
+    def base(self, given: str | None) -> str:
+        """The base model that ``projector`` and ``lora`` checkpoints need.
+
+        Raises:
+            CheckpointError: None was given and the adapter names none that exists.
+        """
+        if given is not None:
+            return given
+        if self.kind == "lora":
+            named = read_json(self.path / ADAPTER_FILE).get("base_model_name_or_path")
+            if named and Path(named).is_dir():
+                return str(named)
+        raise CheckpointError(
+            f"{self.path} holds {'LoRA weights' if self.kind == 'lora' else PROJECTOR_FILE} without the language "
+            "model they belong to; give it as --model-base."
+        )
+
+
+def is_vlora(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` describes a VLoRA model, ours or the public code's."""
+    return config.get("mm_projector_type") == "vlora" or str(config.get("model_type")).startswith("llava_vlora")
+
+
+def inspect_checkpoint(path: str | Path) -> Checkpoint:
+    """Tell what a folder holds.
+
+    Raises:
+        CheckpointError: The folder is missing, has no ``config.json`` or no weights.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise CheckpointError(f"There is no checkpoint folder {folder}; give the folder that training wrote.")
+    has = {name for name in (*_WEIGHT_FILES, PROJECTOR_FILE, ADAPTER_FILE) if (folder / name).is_file()}
+    if not (folder / "config.json").is_file():
+        hint = ""
+        if ADAPTER_FILE in has:
+            hint = " LLaVA writes it to a LoRA folder only at the end of training: copy it from the output folder."
+        raise CheckpointError(f"{folder} has no config.json, so it cannot be told what model it is.{hint}")
+    config = read_json(folder / "config.json")
+    if ADAPTER_FILE in has:
+        return Checkpoint(folder, "lora", config)
+    if has & set(_WEIGHT_FILES):
+        return Checkpoint(folder, "full", config)
+    if PROJECTOR_FILE in has:
+        return Checkpoint(folder, "projector", config)
+    raise CheckpointError(
+        f"{folder} has a config.json but no weights; expected one of {listing((*_WEIGHT_FILES, PROJECTOR_FILE))} "
+        f"or {ADAPTER_FILE!r}."
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; damage is reported with the file's name."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object.")
+    return content
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a ``.bin`` file that LLaVA's trainer wrote.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} lacks {path.name}; copy it from the training run's output folder.")
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for a damaged file
+        raise CheckpointError(f"{path} cannot be read, it may be truncated: {error}.") from error
+    return dict(tensors)
+
+
+def projector_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of the projector under their names inside it."""
+    marker = "mm_projector."
+    return {name.split(marker, 1)[1]: tensor for name, tensor in tensors.items() if marker in name}
+
+
+def load_projector(projector: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Load a projector or generator, every tensor of it.
+
+    Raises:
+        CheckpointError: Tensors are missing, unknown or of another shape.
+    """
+    state = projector_state(tensors)
+    expected = {name: tuple(tensor.shape) for name, tensor in projector.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if expected != found:
+        raise CheckpointError(f"{source} does not fit this model: {_difference(expected, found)}")
+    projector.load_state_dict(state)
+
+
+def _difference(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+    width = "visual_proj.weight"
+    if width in expected and width in found and expected[width][0] != found[width][0]:
+        return (
+            f"it was made with vlora_dim {found[width][0]}, this run has vlora_dim {expected[width][0]}. "
+            "Give both stages the same --vlora_* flags."
+        )
+    missing, extra = sorted(expected.keys() - found), sorted(found.keys() - expected)
+    other = [f"{n} is {found[n]}, not {expected[n]}" for n in expected if n in found and found[n] != expected[n]]
+    parts = [f"{len(missing)} tensors missing (first {missing[0]!r})"] if missing else []
+    parts += [f"{len(extra)} unknown (first {extra[0]!r})"] if extra else []
+    parts += [f"{len(other)} of another shape (first: {other[0]})"] if other else []
+    return "; ".join(parts) + ". Give both stages the same --mm_projector_type and --vlora_* flags."
+
+
+def locate_vision_tower(config: Any, path: str | Path) -> Any:
+    """The config with ``mm_vision_tower`` found beside or inside the checkpoint if it is not where it says.
+
+    Checkpoints are moved between machines together with their tower, and a relative name then means nothing.
+    """
+    name = getattr(config, "mm_vision_tower", None)
+    if name is None or Path(name).exists():
+        return config
+    for folder in (Path(path), Path(path).parent):
+        if (folder / name / "config.json").is_file():
+            config.mm_vision_tower = str(folder / name)
+            return config
+    return config
+
+
+def load_checked(load: Callable[..., Any], path: str | Path, *args: Any, **kwargs: Any) -> Any:
+    """Call a ``from_pretrained`` and refuse what transformers would fill with random values.
+
+    Raises:
+        CheckpointError: The checkpoint lacks weights of its own model, or has some of another shape.
+    """
+    wants_info = kwargs.pop("output_loading_info", False)
+    try:
+        model, info = load(path, *args, output_loading_info=True, **kwargs)
+    except RuntimeError as error:
+        if "size mismatch" not in str(error) and "shape" not in str(error):
+            raise
+        raise CheckpointError(f"{path} does not fit its own config.json: {error}") from error
+    file = Path(path) / "config.json"
+    own_projector = file.is_file() and is_vlora(read_json(file))
+    lacking = [name for name in info["missing_keys"] if _essential(name) and (own_projector or not _projector(name))]
+    surplus = [name for name in info["unexpected_keys"] if _projector(name) and own_projector]
+    wrong = [*map(str, info["mismatched_keys"])]
+    if lacking or surplus or wrong:
+        problem = [f"{len(names)} {what} (first {names[0]!r})" for names, what in
+                   ((lacking, "weights missing"), (surplus, "weights unknown"), (wrong, "of another shape")) if names]
+        raise CheckpointError(f"{path} is not complete: {', '.join(problem)}. Its weights and config.json disagree.")
+    return (model, info) if wants_info else model
+
+
+def _essential(name: str) -> bool:
+    return ".vision_tower." not in name and not name.endswith(".rotary_emb.inv_freq")
+
+
+def _projector(name: str) -> bool:
+    return "mm_projector." in name
