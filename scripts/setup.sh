@@ -51,11 +51,10 @@ if [ "$(cat "$venv/setup.stamp" 2>/dev/null)" = "$stamp" ]; then
     exit 0
 fi
 
-rm -f "$venv/setup.stamp"
+rm -rf "$venv"
 mkdir -p "$venv"
-: >"$log"
 pip=("$venv/bin/python" -m pip install --disable-pip-version-check --no-input -c "$constraints")
-step "make $venv with $("$python" --version)" "$python" -m venv --clear --upgrade-deps "$venv"
+step "make $venv with $("$python" --version)" "$python" -m venv "$venv"
 step "install torch" "${pip[@]}" torch==2.13.0
 step "install llava-vlora and its dependencies" "${pip[@]}" -e ".[llava,lora,dev]"
 step "install $llava without its pins" "${pip[@]}" --no-deps "$llava"
