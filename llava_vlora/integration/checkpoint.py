@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -179,7 +181,8 @@ def load_checked(load: Callable[..., Any], path: str | Path, *args: Any, **kwarg
     """
     wants_info = kwargs.pop("output_loading_info", False)
     try:
-        model, info = load(path, *args, output_loading_info=True, **kwargs)
+        with _quiet():
+            model, info = load(path, *args, output_loading_info=True, **kwargs)
     except RuntimeError as error:
         if "size mismatch" not in str(error) and "shape" not in str(error):
             raise
@@ -194,6 +197,20 @@ def load_checked(load: Callable[..., Any], path: str | Path, *args: Any, **kwarg
                    ((lacking, "weights missing"), (surplus, "weights unknown"), (wrong, "of another shape")) if names]
         raise CheckpointError(f"{path} is not complete: {', '.join(problem)}. Its weights and config.json disagree.")
     return (model, info) if wants_info else model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep back transformers' lists of missing, unused and unsharded weights; what matters is checked here."""
+    names = ("transformers.modeling_utils", "transformers.integrations.tensor_parallel")
+    levels = {logging.getLogger(name): logging.getLogger(name).level for name in names}
+    for logger in levels:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 def _essential(name: str) -> bool:

@@ -119,6 +119,8 @@ def keep_evaluation_strategy(train: ModuleType) -> bool:
                 self.eval_strategy = self.evaluation_strategy
             super().__post_init__()
 
+    # Checkpoints hold the arguments, pickled under the name by which LLaVA knows them.
+    TrainingArguments.__module__, TrainingArguments.__qualname__ = train.__name__, "TrainingArguments"
     train.TrainingArguments = TrainingArguments  # type: ignore[attr-defined]
     return True
 
@@ -134,6 +136,27 @@ def save_without_deepspeed(*modules: ModuleType) -> bool:
     for module in modules:
         module.maybe_zero_3 = maybe_zero_3  # type: ignore[attr-defined]
     return True
+
+
+def widen_rope_tables(model: torch.nn.Module) -> int:
+    """transformers <= 4.37 cuts its RoPE tables to the sequence length, so the position behind a gap is missing.
+
+    Returns:
+        The number of tables that now have one more row.
+    """
+    count = 0
+    for module in model.modules():
+        names = inspect.signature(module.forward).parameters if "RotaryEmbedding" in type(module).__name__ else {}
+        if "seq_len" in names and "position_ids" not in names:
+            module.register_forward_pre_hook(_one_more_row, with_kwargs=True)
+            count += 1
+    return count
+
+
+def _one_more_row(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if kwargs.get("seq_len") is None:
+        return args, kwargs
+    return args, {**kwargs, "seq_len": kwargs["seq_len"] + 1}
 
 
 def redirect_cuda() -> bool:

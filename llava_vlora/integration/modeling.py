@@ -31,6 +31,7 @@ from ..generator import PerceptualWeightsGenerator
 from ..placeholder import IMAGE_TOKEN_INDEX, TextBatch, drop_slots, gap_positions
 from ..weights import PerceptualWeights
 from .checkpoint import load_checked, locate_vision_tower
+from .compat import widen_rope_tables
 from .images import image_batch
 
 
@@ -60,6 +61,7 @@ class VLoRAMetaModel:
     def __init__(self, config: Any) -> None:
         """Build the decoder, the vision tower's shell and, if the config describes one, the generator."""
         super(LlavaMetaModel, self).__init__(config)
+        widen_rope_tables(cast(nn.Module, self))
         if hasattr(config, "mm_vision_tower"):
             self.vision_tower = build_vision_tower(config, delay_load=True)
             if getattr(config, "mm_projector_type", None) == "vlora":
