@@ -1,0 +1,38 @@
+"""Tiny models on disk, made once in a test run, and the same random numbers for every test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_data, make_llm, make_tower
+
+
+@pytest.fixture(scope="session")
+def llm_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of 4 layers and width 64, with a tokenizer."""
+    return make_llm(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def mistral_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Mistral of 4 layers and width 64, with 2 key and value heads for its 4 query heads."""
+    return make_llm(tmp_path_factory.mktemp("mistral"), family="mistral", kv_heads=2)
+
+
+@pytest.fixture(scope="session")
+def tower_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random CLIP vision tower of 16 patches, with its image processor."""
+    return make_tower(tmp_path_factory.mktemp("openai-clip-tiny"))
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of one colour with LLaVA's files for both training stages."""
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
