@@ -1,0 +1,99 @@
+"""``llava-vlora demo``: train LLaVA and VLoRA side by side, compare them, write a report."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..demo.plan import Settings
+
+#: The demo's models are too small to gain from more.
+_MOST_THREADS = 4
+_EPILOG = """\
+The report is OUT/report.html (open it in a browser), its figures are in OUT/report.json.
+Both models are trained by LLaVA's own trainer on the same data; OUT/commands.txt has the commands.
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb to the command line."""
+    from ..sceneqa import SIZES
+
+    parser = subparsers.add_parser(
+        "demo",
+        help="train LLaVA and VLoRA side by side on rendered scenes and compare them",
+        description="Train LLaVA and VLoRA side by side on SceneQA, compare them, write a report.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--size", choices=sorted(SIZES, reverse=True), default="small")
+    parser.add_argument("--seed", type=int, default=0, help="of data and training (default: 0)")
+    parser.add_argument(
+        "--steps",
+        type=_positive,
+        help="fine-tuning steps; pretraining is scaled along (default: those of the size)",
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--batch-size", type=_positive, default=32, help="questions answered at once (default: 32)"
+    )
+    parser.add_argument(
+        "--only-report", action="store_true", help="build the report of an earlier run in OUT anew"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the demo; returns the exit code."""
+    from rich.console import Console
+
+    from ..demo.pipeline import Demo
+    from ..demo.plan import RunFolder
+    from ..report.build import build_report
+    from ..report.summary import print_summary
+
+    console = Console()
+    # Absolute, because the trained models' configs hold paths.
+    folder = RunFolder(args.out.expanduser().resolve())
+    if not args.only_report:
+        Demo(_settings(args), folder, console).run()
+    with console.status("Building the report"):
+        report = build_report(folder)
+    print_summary(report, console)
+    console.print(f"Report: {folder.root / 'report.html'}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    import torch
+
+    from ..demo.plan import Settings
+    from ..errors import ConfigError
+
+    available = torch.cuda.is_available()
+    if args.device == "cuda" and not available:
+        raise ConfigError("--device cuda: PyTorch finds no GPU here; use --device cpu.")
+    device = "cuda" if available and args.device != "cpu" else "cpu"
+    cores = os.cpu_count() or 1
+    # Two trainings on one GPU would share its memory; on a CPU they share the cores.
+    parallel = 2 if device == "cpu" and cores > 1 else 1
+    return Settings(
+        size=args.size,
+        seed=args.seed,
+        steps=args.steps,
+        device=device,
+        batch_size=args.batch_size,
+        parallel=parallel,
+        threads=max(1, min(_MOST_THREADS, cores // parallel)),
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value

@@ -1,0 +1,1 @@
+"""The demo: train LLaVA and VLoRA side by side on SceneQA, answer, measure, report."""

@@ -1,0 +1,127 @@
+"""Question and answer files in the line-by-line JSON of LLaVA's evaluators."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError, listing
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row of a question file."""
+
+    id: int
+    image: str
+    """File name below the image folder."""
+    text: str
+    category: str
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: readers never meet half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a value as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        DataError: The file is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; run the step that writes it.") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON ({error}); write it again.") from error
+
+
+def read_rows(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """Read one JSON object a line, each with the given keys.
+
+    Raises:
+        DataError: The file is missing, a line is not a JSON object, or lacks a key.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} is missing; run the step that writes it.")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: not valid JSON ({error}).") from error
+        missing = [key for key in keys if not isinstance(row, dict) or key not in row]
+        if missing:
+            raise DataError(f"{path}, line {number}: lacks {listing(missing)}.")
+        rows.append(row)
+    return rows
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Read LLaVA's question file; ids must differ.
+
+    Raises:
+        DataError: The file is empty or damaged, or an id occurs twice.
+    """
+    rows = read_rows(path, ("question_id", "image", "text", "category"))
+    questions = [Question(r["question_id"], r["image"], r["text"], r["category"]) for r in rows]
+    if not questions or len({q.id for q in questions}) != len(questions):
+        raise DataError(f"{path} has no questions, or two with the same question_id.")
+    return questions
+
+
+def write_answers(
+    path: Path, questions: Sequence[Question], texts: Sequence[str], model_id: str
+) -> None:
+    """Write answers as LLaVA's evaluators do, one line for each question, in order."""
+    rows = [
+        {
+            "question_id": question.id,
+            "prompt": question.text,
+            "text": text,
+            # LLaVA draws a random id; this one is the same in every run.
+            "answer_id": f"{model_id}-{question.id}",
+            "model_id": model_id,
+            "metadata": {},
+        }
+        for question, text in zip(questions, texts, strict=True)
+    ]
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_answers(path: Path, ids: Sequence[int], *, others: bool = False) -> list[dict[str, Any]]:
+    """Rows of an answer file in the order of ``ids``.
+
+    Args:
+        path: The answer file.
+        ids: Ids of the questions, each once.
+        others: Whether the file may also hold answers to other questions.
+
+    Raises:
+        DataError: An id has no answer or several, or an answer belongs to no id.
+    """
+    rows = read_rows(path, ("question_id", "text"))
+    by_id = {row["question_id"]: row for row in rows}
+    missing = [i for i in ids if i not in by_id]
+    extra = sorted(by_id.keys() - set(ids), key=str)
+    if missing or (extra and not others) or len(by_id) != len(rows):
+        raise DataError(
+            f"{path} does not fit the questions: {len(missing)} without an answer "
+            f"({listing(missing[:3])}), {len(extra)} answers to other questions "
+            f"({listing(extra[:3])}), {len(rows) - len(by_id)} given twice. Answer them again."
+        )
+    return [by_id[i] for i in ids]
