@@ -1,8 +1,8 @@
 """VLoRA and IMA for LLaVA: an image becomes low-rank weights of the language model instead of tokens.
 
-    import llava_vlora
-    llava_vlora.register()          # LLaVA now knows --mm_projector_type vlora
-    loaded = llava_vlora.load("checkpoints/llava-vlora-7b")
+import llava_vlora
+llava_vlora.register()          # LLaVA now knows --mm_projector_type vlora
+loaded = llava_vlora.load("checkpoints/llava-vlora-7b")
 """
 
 from __future__ import annotations

@@ -53,7 +53,9 @@ class VLoRAConfig:
         for name in ("dim", "depth", "heads", "rank", "every"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{_KEYS[name]} must be a whole number of at least 1, not {value!r}.")
+                raise ConfigError(
+                    f"{_KEYS[name]} must be a whole number of at least 1, not {value!r}."
+                )
         if self.dim % self.heads:
             raise ConfigError(
                 f"vlora_dim {self.dim} is not a multiple of vlora_heads {self.heads}; "
@@ -87,7 +89,11 @@ class VLoRAConfig:
         """
         if self.layer_list is not None:
             chosen = self.layer_list
-            if not chosen or list(chosen) != sorted(set(chosen)) or not 0 <= chosen[0] <= chosen[-1] < num_layers:
+            if (
+                not chosen
+                or list(chosen) != sorted(set(chosen))
+                or not 0 <= chosen[0] <= chosen[-1] < num_layers
+            ):
                 raise ConfigError(
                     f"vlora_layers {','.join(map(str, chosen))!r} must name different layers from 0 to "
                     f"{num_layers - 1} in ascending order."
@@ -108,7 +114,9 @@ class VLoRAConfig:
         return keys
 
     @classmethod
-    def from_keys(cls, keys: Mapping[str, Any], *, where: str, complete: bool = False) -> VLoRAConfig:
+    def from_keys(
+        cls, keys: Mapping[str, Any], *, where: str, complete: bool = False
+    ) -> VLoRAConfig:
         """Read settings by their flag names.
 
         Args:

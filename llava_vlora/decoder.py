@@ -78,7 +78,9 @@ def decoder_shape(model: nn.Module, types: str) -> DecoderShape:
     read, written = {}, {}
     for letter in types:
         target = TARGETS[letter]
-        missing = [path for path in (target.path, target.reads, target.writes) if not _has(layers[0], path)]
+        missing = [
+            path for path in (target.path, target.reads, target.writes) if not _has(layers[0], path)
+        ]
         if missing:
             raise UnsupportedDecoderError(
                 f"Weight type {letter!r} needs {listing(dict.fromkeys(missing))} in each decoder layer of "
@@ -92,7 +94,9 @@ def decoder_shape(model: nn.Module, types: str) -> DecoderShape:
 def _features(linear: nn.Module, name: str) -> int:
     value = getattr(linear, name, None)
     if not isinstance(value, int | torch.SymInt):
-        raise UnsupportedDecoderError(f"{type(linear).__name__} is not a linear layer: it has no {name}.")
+        raise UnsupportedDecoderError(
+            f"{type(linear).__name__} is not a linear layer: it has no {name}."
+        )
     return int(value)
 
 

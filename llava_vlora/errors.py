@@ -1,13 +1,13 @@
 """Errors that a user can cause, each with a message that says what, where and what to do.
 
-    VLoRAError
-    ├── ConfigError              a setting is unknown, missing or contradicts another one
-    ├── UnsupportedDecoderError  the language model has no named linear layers to write to
-    ├── WeightsError             perceptual weights do not fit the model or the batch
-    ├── ImageError               an image or image tensor cannot be used
-    ├── PromptError              a prompt and its images do not go together
-    ├── CheckpointError          a checkpoint folder lacks a file or holds the wrong one
-    └── DataError                a data file is not in LLaVA's format
+VLoRAError
+├── ConfigError              a setting is unknown, missing or contradicts another one
+├── UnsupportedDecoderError  the language model has no named linear layers to write to
+├── WeightsError             perceptual weights do not fit the model or the batch
+├── ImageError               an image or image tensor cannot be used
+├── PromptError              a prompt and its images do not go together
+├── CheckpointError          a checkpoint folder lacks a file or holds the wrong one
+└── DataError                a data file is not in LLaVA's format
 """
 
 from __future__ import annotations

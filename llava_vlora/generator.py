@@ -10,6 +10,7 @@ output width of a weight type.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,9 @@ class DecoderBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.norm3 = nn.LayerNorm(dim)
 
-    def forward(self, queries: Tensor, image: Tensor, need_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, queries: Tensor, image: Tensor, need_weights: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """One step.
 
         Args:
@@ -64,7 +67,9 @@ class SubGenerator(nn.Module):
         """A sub-generator with ``queries`` learned queries whose factors are ``[width, rank]``."""
         super().__init__()
         self.queries = nn.Parameter(torch.randn(1, queries, config.dim))
-        self.decoders = nn.ModuleList(DecoderBlock(config.dim, config.heads) for _ in range(config.depth))
+        self.decoders = nn.ModuleList(
+            DecoderBlock(config.dim, config.heads) for _ in range(config.depth)
+        )
         self.norm = nn.LayerNorm(config.dim)
         self.weights_head = nn.Linear(config.dim, width * config.rank)
 
@@ -85,7 +90,9 @@ class PerceptualWeightsGenerator(nn.Module):
     it starts at zero, so an untrained generator leaves the language model unchanged.
     """
 
-    def __init__(self, config: VLoRAConfig, shape: DecoderShape, visual_dim: int, num_patches: int) -> None:
+    def __init__(
+        self, config: VLoRAConfig, shape: DecoderShape, visual_dim: int, num_patches: int
+    ) -> None:
         """Build the generator for a decoder of ``shape`` and a vision tower.
 
         Args:
@@ -144,12 +151,17 @@ class PerceptualWeightsGenerator(nn.Module):
         Raises:
             ImageError: The features have another width or patch count than the generator was built for.
         """
-        return {letter: latent for letter, (latent, _) in self._run(features, need_weights=False).items()}
+        return {
+            letter: latent
+            for letter, (latent, _) in self._run(features, need_weights=False).items()
+        }
 
     def look(self, features: Tensor) -> Tensor:
         """Where the generator looks: cross-attention ``[B, T, K, V]``, mean over blocks and heads; rows sum to one."""
         found = self._run(features, need_weights=True)
-        return torch.stack([attention for _, attention in found.values() if attention is not None], dim=1)
+        return torch.stack(
+            [attention for _, attention in found.values() if attention is not None], dim=1
+        )
 
     def expand(self, latents: Mapping[str, Tensor]) -> PerceptualWeights:
         """Spell latents out as factors (the paper's shared linear layer W_s of Fig. 3b)."""
@@ -157,15 +169,23 @@ class PerceptualWeightsGenerator(nn.Module):
         for i, letter in enumerate(self.config.types):
             latent = latents[letter]
             batch, k, _ = latent.shape
-            head = (self.gen[i] if isinstance(self.gen, nn.ModuleList) else self.gen).weights_head
-            a = head(latent).view(batch, k, self.in_features[letter], self.config.rank)
+            sub = (
+                self.gen if isinstance(self.gen, SubGenerator) else cast(SubGenerator, self.gen[i])
+            )
+            a = sub.weights_head(latent).view(batch, k, self.in_features[letter], self.config.rank)
             factors[letter] = Factors(a, self._static(i, letter))
         some = next(iter(factors.values())).a
-        return PerceptualWeights(factors, self.layers, torch.ones(len(some), dtype=torch.bool, device=some.device))
+        return PerceptualWeights(
+            factors, self.layers, torch.ones(len(some), dtype=torch.bool, device=some.device)
+        )
 
     def _static(self, i: int, letter: str) -> Tensor:
         k = len(self.layers)
-        flat = self.Bs[:, i * k : (i + 1) * k] if isinstance(self.Bs, nn.Parameter) else self.Bs[letter]
+        flat = (
+            self.Bs[:, i * k : (i + 1) * k]
+            if isinstance(self.Bs, nn.Parameter)
+            else self.Bs[letter]
+        )
         return self.config.scale * flat.view(k, self.out_features[letter], self.config.rank)
 
     def _run(self, features: Tensor, need_weights: bool) -> dict[str, tuple[Tensor, Tensor | None]]:
@@ -177,7 +197,10 @@ class PerceptualWeightsGenerator(nn.Module):
             )
         image = self.visual_proj(features.to(self.visual_proj.weight.dtype)) + self.pos_embed
         if isinstance(self.gen, nn.ModuleList):
-            return {t: sub(image, need_weights) for t, sub in zip(self.config.types, self.gen, strict=True)}
+            return {
+                t: sub(image, need_weights)
+                for t, sub in zip(self.config.types, self.gen, strict=True)
+            }
         latent, attention = self.gen(image, need_weights)
         k, count = len(self.layers), len(self.config.types)
         parts = latent.split(k, dim=1)

@@ -26,11 +26,15 @@ from .weights import PerceptualWeights
 _Place = tuple[str, int]  # weight type, decoder layer
 
 #: Weights that the running call sees, innermost last, with the decoder layers that each belongs to.
-_ACTIVE: ContextVar[tuple[tuple[nn.ModuleList, _Seen], ...]] = ContextVar("llava_vlora_seen", default=())
+_ACTIVE: ContextVar[tuple[tuple[nn.ModuleList, _Seen], ...]] = ContextVar(
+    "llava_vlora_seen", default=()
+)
 
 _LOCK = threading.Lock()
 #: Hooks in place on a decoder and the number of running calls that need each.
-_ATTACHED: WeakKeyDictionary[nn.ModuleList, dict[_Place, tuple[RemovableHandle, int]]] = WeakKeyDictionary()
+_ATTACHED: WeakKeyDictionary[nn.ModuleList, dict[_Place, tuple[RemovableHandle, int]]] = (
+    WeakKeyDictionary()
+)
 
 
 @contextmanager
@@ -162,8 +166,8 @@ def _check_fit(layers: nn.ModuleList, weights: PerceptualWeights) -> None:
         )
     for letter, factor in weights.factors.items():
         target = TARGETS[letter]
-        read = layers[0].get_submodule(target.reads).in_features
-        written = layers[0].get_submodule(target.writes).out_features
+        read = cast(Any, layers[0].get_submodule(target.reads)).in_features
+        written = cast(Any, layers[0].get_submodule(target.writes)).out_features
         if (factor.a.shape[-2], factor.b.shape[-2]) != (read, written):
             raise WeightsError(
                 f"The perceptual weight {letter!r} maps width {factor.a.shape[-2]} to {factor.b.shape[-2]}, but "
@@ -177,7 +181,9 @@ def _check_fit(layers: nn.ModuleList, weights: PerceptualWeights) -> None:
 
 
 def _checkpointed(model: nn.Module) -> list[Any]:
-    return [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) and m.training]
+    return [
+        m for m in model.modules() if getattr(m, "gradient_checkpointing", False) and m.training
+    ]
 
 
 @contextmanager
@@ -227,7 +233,7 @@ class _Bridge:
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             used.append(True)
-            return cast(Tensor, _HandOver.apply(output, self.flat, *self.originals))
+            return cast(Tensor, cast(Any, _HandOver).apply(output, self.flat, *self.originals))
 
         handle = embedding.register_forward_hook(hook)
         try:

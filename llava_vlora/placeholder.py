@@ -74,7 +74,9 @@ def drop_slots(
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     for name, tensor in (("attention_mask", mask), ("labels", labels)):
         if tensor is not None and tensor.shape != input_ids.shape:
-            raise PromptError(f"{name} has shape {tuple(tensor.shape)}, but input_ids {tuple(input_ids.shape)}.")
+            raise PromptError(
+                f"{name} has shape {tuple(tensor.shape)}, but input_ids {tuple(input_ids.shape)}."
+            )
     behind = slots.long().cumsum(1)  # 1 from the slot on
     positions = token_positions(mask) if position_ids is None else position_ids.expand_as(input_ids)
     if rule == "contiguous":

@@ -6,6 +6,7 @@ The module runs unchanged, as the main program, with its own command line. Works
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import runpy
@@ -14,42 +15,61 @@ from collections.abc import Sequence
 
 from .errors import ConfigError, VLoRAError
 
-_USAGE = "usage: python -m llava_vlora.run MODULE [ARGUMENTS...]   for example: llava.train.train --help"
 #: Modules whose globals the plugin has changed: they are called instead of executed a second time.
 _ENTRY_POINTS = {"llava.train.train": "train"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the module named first in ``argv`` with the rest as its command line; returns the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    # DeepSpeed's launcher puts its own flag before ours.
-    own = [a for a in arguments[:1] if a.startswith("--local_rank")]
-    arguments = arguments[len(own) :]
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(_USAGE)
-        return 0 if arguments else 2
-    module, rest = arguments[0], [*own, *arguments[1:]]
+    """Run the module named in ``argv`` with what follows it as its command line; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    rest = list(arguments.arguments)
+    if arguments.local_rank is not None:  # DeepSpeed's launcher puts its own flag before the module
+        rest.insert(0, f"--local_rank={arguments.local_rank}")
     try:
-        _run(module, rest)
+        _run(arguments.module, rest, arguments.seed)
     except VLoRAError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _run(module: str, arguments: list[str]) -> None:
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m llava_vlora.run",
+        description="Run a LLaVA module unchanged, with the projector type vlora registered.",
+        epilog="example: python -m llava_vlora.run llava.train.train --mm_projector_type vlora ...",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        help="seed all random generators before the module starts; LLaVA's trainer draws a new projector "
+        "before it looks at its own --seed (default: do not seed)",
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("module", help="module to run, for example llava.train.train")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its own command line")
+    return parser
+
+
+def _run(module: str, arguments: list[str], seed: int | None) -> None:
     try:
         found = importlib.util.find_spec(module)
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{module!r} cannot be run: {error}. {_USAGE}") from error
+        raise ConfigError(f"{module!r} cannot be run: {error}.") from error
     if found is None:
-        raise ConfigError(f"There is no module {module!r}. {_USAGE}")
+        raise ConfigError(
+            f"There is no module {module!r}; name one of LLaVA, such as llava.train.train."
+        )
     from .integration.compat import redirect_cuda
     from .integration.registration import register
 
     register()
     if redirect_cuda():
-        print("llava_vlora: no GPU here; what LLaVA sends to cuda stays on the CPU.", file=sys.stderr)
+        print("llava_vlora: no GPU; what LLaVA sends to cuda stays on the CPU.", file=sys.stderr)
+    if seed is not None:
+        from transformers import set_seed
+
+        set_seed(seed)
     if module in _ENTRY_POINTS:
         target = importlib.import_module(module)
         sys.argv = [str(target.__file__), *arguments]

@@ -91,9 +91,13 @@ class PerceptualWeights:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> PerceptualWeights:
         """All factors after ``function``, for example a cast."""
-        return PerceptualWeights({t: f.map(function) for t, f in self.factors.items()}, self.layers, self.present)
+        return PerceptualWeights(
+            {t: f.map(function) for t, f in self.factors.items()}, self.layers, self.present
+        )
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> PerceptualWeights:
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> PerceptualWeights:
         """Moved and cast; tensors that already fit are shared, not copied."""
         moved = self.map(lambda t: t.to(device=device, dtype=dtype))
         return PerceptualWeights(moved.factors, self.layers, self.present.to(device=device))
@@ -106,7 +110,9 @@ class PerceptualWeights:
         """Rows ``rows`` in that order, repeats allowed; an index outside raises ``WeightsError``."""
         picked = torch.as_tensor(rows, dtype=torch.long, device=self.device)
         if picked.numel() and not bool(((picked >= -len(self)) & (picked < len(self))).all()):
-            raise WeightsError(f"Rows {picked.tolist()} do not all exist in a batch of {len(self)}.")
+            raise WeightsError(
+                f"Rows {picked.tolist()} do not all exist in a batch of {len(self)}."
+            )
         picked = picked % max(len(self), 1)
         return self._rows(lambda t: t.index_select(0, picked.to(t.device)))
 
@@ -131,12 +137,18 @@ class PerceptualWeights:
         an image still gives every generator parameter a (zero) gradient.
         """
         if keep.shape != self.present.shape:
-            raise WeightsError(f"The mask has shape {tuple(keep.shape)} for a batch of {len(self)} rows.")
+            raise WeightsError(
+                f"The mask has shape {tuple(keep.shape)} for a batch of {len(self)} rows."
+            )
         keep = keep.to(device=self.device, dtype=torch.bool)
 
         def zero(factor: Factors) -> Factors:
             gate = keep.to(factor.a).view(-1, 1, 1, 1)
-            return Factors(factor.a * gate, factor.b) if factor.a.ndim == 4 else Factors(factor.a, factor.b * gate)
+            return (
+                Factors(factor.a * gate, factor.b)
+                if factor.a.ndim == 4
+                else Factors(factor.a, factor.b * gate)
+            )
 
         factors = {letter: zero(factor) for letter, factor in self.factors.items()}
         return PerceptualWeights(factors, self.layers, self.present & keep)
@@ -145,7 +157,11 @@ class PerceptualWeights:
         """Write one safetensors file with a format version."""
         from safetensors.torch import save_file
 
-        tensors = {f"{t}.{side}": getattr(f, side).contiguous() for t, f in self.factors.items() for side in "ab"}
+        tensors = {
+            f"{t}.{side}": getattr(f, side).contiguous()
+            for t, f in self.factors.items()
+            for side in "ab"
+        }
         tensors["present"] = self.present
         header = {"format": _FORMAT, "version": str(_VERSION), "layers": json.dumps(self.layers)}
         save_file(tensors, str(path), metadata={**(metadata or {}), **header, "types": self.types})
@@ -164,7 +180,9 @@ class PerceptualWeights:
                 header = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read as perceptual weights: {error}.") from error
+            raise CheckpointError(
+                f"{path} cannot be read as perceptual weights: {error}."
+            ) from error
         if header.get("format") != _FORMAT or header.get("version") != str(_VERSION):
             raise CheckpointError(
                 f"{path} is not a file of perceptual weights of version {_VERSION} "

@@ -48,20 +48,26 @@ def load(
         CheckpointError: A file is missing or does not fit.
     """
     register()
-    options = {} if dtype is None else {"torch_dtype": dtype}
+    options: dict[str, Any] = {} if dtype is None else {"torch_dtype": dtype}
     return Loaded(*load_pretrained_model(path, base, "", device=device or "cuda", **options))
 
 
-def prompt_ids(tokenizer: Any, question: str, *, conv_mode: str = "vicuna_v1", image: bool = True) -> Tensor:
+def prompt_ids(
+    tokenizer: Any, question: str, *, conv_mode: str = "vicuna_v1", image: bool = True
+) -> Tensor:
     """Token ids ``[N]`` of one question in LLaVA's prompt, with -200 where the image goes.
 
     Raises:
         ConfigError: LLaVA has no such conversation template.
     """
     if conv_mode not in conv_templates:
-        raise ConfigError(f"Conversation template {conv_mode!r} is unknown; LLaVA has {listing(conv_templates)}.")
+        raise ConfigError(
+            f"Conversation template {conv_mode!r} is unknown; LLaVA has {listing(conv_templates)}."
+        )
     conversation = conv_templates[conv_mode].copy()
-    conversation.append_message(conversation.roles[0], f"<image>\n{question}" if image else question)
+    conversation.append_message(
+        conversation.roles[0], f"<image>\n{question}" if image else question
+    )
     conversation.append_message(conversation.roles[1], None)
     ids: Tensor = tokenizer_image_token(conversation.get_prompt(), tokenizer, return_tensors="pt")
     return ids
@@ -71,6 +77,8 @@ def pixel_values(images: Sequence[Image.Image], loaded: Loaded) -> Tensor:
     """Images as the vision tower reads them: ``[B, 3, H, W]`` on the model's device and in its dtype."""
     if loaded.image_processor is None:
         raise ImageError("This model reads no images: it is a plain language model.")
-    batch = process_images([image.convert("RGB") for image in images], loaded.image_processor, loaded.model.config)
+    batch = process_images(
+        [image.convert("RGB") for image in images], loaded.image_processor, loaded.model.config
+    )
     batch = torch.stack(list(batch)) if isinstance(batch, list) else torch.as_tensor(batch)
     return batch.to(device=loaded.model.device, dtype=loaded.model.dtype)

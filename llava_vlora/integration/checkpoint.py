@@ -66,7 +66,9 @@ class Checkpoint:
 
 def is_vlora(config: Mapping[str, Any]) -> bool:
     """Whether a ``config.json`` describes a VLoRA model, ours or the public code's."""
-    return config.get("mm_projector_type") == "vlora" or str(config.get("model_type")).startswith("llava_vlora")
+    return config.get("mm_projector_type") == "vlora" or str(config.get("model_type")).startswith(
+        "llava_vlora"
+    )
 
 
 def inspect_checkpoint(path: str | Path) -> Checkpoint:
@@ -77,13 +79,19 @@ def inspect_checkpoint(path: str | Path) -> Checkpoint:
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise CheckpointError(f"There is no checkpoint folder {folder}; give the folder that training wrote.")
-    has = {name for name in (*_WEIGHT_FILES, PROJECTOR_FILE, ADAPTER_FILE) if (folder / name).is_file()}
+        raise CheckpointError(
+            f"There is no checkpoint folder {folder}; give the folder that training wrote."
+        )
+    has = {
+        name for name in (*_WEIGHT_FILES, PROJECTOR_FILE, ADAPTER_FILE) if (folder / name).is_file()
+    }
     if not (folder / "config.json").is_file():
         hint = ""
         if ADAPTER_FILE in has:
             hint = " LLaVA writes it to a LoRA folder only at the end of training: copy it from the output folder."
-        raise CheckpointError(f"{folder} has no config.json, so it cannot be told what model it is.{hint}")
+        raise CheckpointError(
+            f"{folder} has no config.json, so it cannot be told what model it is.{hint}"
+        )
     config = read_json(folder / "config.json")
     if ADAPTER_FILE in has:
         return Checkpoint(folder, "lora", config)
@@ -115,7 +123,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         CheckpointError: The file is missing or damaged.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path.parent} lacks {path.name}; copy it from the training run's output folder.")
+        raise CheckpointError(
+            f"{path.parent} lacks {path.name}; copy it from the training run's output folder."
+        )
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a damaged file
@@ -143,7 +153,9 @@ def load_projector(projector: nn.Module, tensors: Mapping[str, Tensor], source: 
     projector.load_state_dict(state)
 
 
-def _difference(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+def _difference(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> str:
     width = "visual_proj.weight"
     if width in expected and width in found and expected[width][0] != found[width][0]:
         return (
@@ -151,7 +163,11 @@ def _difference(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tup
             "Give both stages the same --vlora_* flags."
         )
     missing, extra = sorted(expected.keys() - found), sorted(found.keys() - expected)
-    other = [f"{n} is {found[n]}, not {expected[n]}" for n in expected if n in found and found[n] != expected[n]]
+    other = [
+        f"{n} is {found[n]}, not {expected[n]}"
+        for n in expected
+        if n in found and found[n] != expected[n]
+    ]
     parts = [f"{len(missing)} tensors missing (first {missing[0]!r})"] if missing else []
     parts += [f"{len(extra)} unknown (first {extra[0]!r})"] if extra else []
     parts += [f"{len(other)} of another shape (first: {other[0]})"] if other else []
@@ -189,13 +205,26 @@ def load_checked(load: Callable[..., Any], path: str | Path, *args: Any, **kwarg
         raise CheckpointError(f"{path} does not fit its own config.json: {error}") from error
     file = Path(path) / "config.json"
     own_projector = file.is_file() and is_vlora(read_json(file))
-    lacking = [name for name in info["missing_keys"] if _essential(name) and (own_projector or not _projector(name))]
+    lacking = [
+        name
+        for name in info["missing_keys"]
+        if _essential(name) and (own_projector or not _projector(name))
+    ]
     surplus = [name for name in info["unexpected_keys"] if _projector(name) and own_projector]
     wrong = [*map(str, info["mismatched_keys"])]
     if lacking or surplus or wrong:
-        problem = [f"{len(names)} {what} (first {names[0]!r})" for names, what in
-                   ((lacking, "weights missing"), (surplus, "weights unknown"), (wrong, "of another shape")) if names]
-        raise CheckpointError(f"{path} is not complete: {', '.join(problem)}. Its weights and config.json disagree.")
+        problem = [
+            f"{len(names)} {what} (first {names[0]!r})"
+            for names, what in (
+                (lacking, "weights missing"),
+                (surplus, "weights unknown"),
+                (wrong, "of another shape"),
+            )
+            if names
+        ]
+        raise CheckpointError(
+            f"{path} is not complete: {', '.join(problem)}. Its weights and config.json disagree."
+        )
     return (model, info) if wants_info else model
 
 

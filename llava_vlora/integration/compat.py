@@ -22,11 +22,14 @@ from torch import Tensor
 
 
 def accept_cache_position() -> bool:
-    """transformers >= 4.38 passes ``cache_position`` to ``forward``, which LLaVA's does not take."""
+    """Transformers since 4.38 passes ``cache_position`` to ``forward``, which LLaVA's does not take."""
     done = False
     for model_class in (LlavaLlamaForCausalLM, LlavaMistralForCausalLM):
         upstream = inspect.signature(model_class.__mro__[1].forward).parameters
-        if "cache_position" in upstream and "cache_position" not in inspect.signature(model_class.forward).parameters:
+        if (
+            "cache_position" in upstream
+            and "cache_position" not in inspect.signature(model_class.forward).parameters
+        ):
             model_class.forward = _without_cache_position(model_class.forward)
             done = True
     return done
@@ -53,7 +56,11 @@ def cast_image_features() -> bool:
     @functools.wraps(stock)
     def encode_images(self: Any, images: Any) -> Any:
         weight = next(self.get_model().mm_projector.parameters(), None)
-        if isinstance(images, Tensor) and weight is not None and not torch.is_autocast_enabled(images.device.type):
+        if (
+            isinstance(images, Tensor)
+            and weight is not None
+            and not torch.is_autocast_enabled(images.device.type)
+        ):
             images = images.to(weight.dtype)
         return stock(self, images)
 
@@ -62,7 +69,7 @@ def cast_image_features() -> bool:
 
 
 def restore_layernorm_list() -> bool:
-    """transformers >= 4.53 no longer has ``ALL_LAYERNORM_LAYERS`` in ``transformers.trainer``."""
+    """Transformers since 4.53 no longer has ``ALL_LAYERNORM_LAYERS`` in ``transformers.trainer``."""
     import transformers.trainer
     from transformers import pytorch_utils
 
@@ -73,23 +80,21 @@ def restore_layernorm_list() -> bool:
 
 
 def accept_sampler_dataset(trainer: ModuleType) -> bool:
-    """transformers >= 4.51 hands the data set to ``_get_train_sampler``."""
+    """Transformers since 4.51 hands the data set to ``_get_train_sampler``."""
     stock = trainer.LLaVATrainer._get_train_sampler
     upstream = inspect.signature(trainer.LLaVATrainer.__mro__[1]._get_train_sampler).parameters
     if len(upstream) == 1 or len(inspect.signature(stock).parameters) > 1:
         return False
 
-    @functools.wraps(stock)
     def _get_train_sampler(self: Any, train_dataset: Any = None) -> Any:
         return stock(self)
 
-    del _get_train_sampler.__wrapped__  # type: ignore[attr-defined]
     trainer.LLaVATrainer._get_train_sampler = _get_train_sampler
     return True
 
 
 def drop_checkpoint_metrics(trainer: ModuleType) -> bool:
-    """transformers >= 4.47 takes no ``metrics`` in ``_save_checkpoint``, which LLaVA still passes on."""
+    """Transformers since 4.47 takes no ``metrics`` in ``_save_checkpoint``, which LLaVA still passes on."""
     base = trainer.LLaVATrainer.__mro__[1]
     stock = base._save_checkpoint
     if "metrics" in inspect.signature(stock).parameters:
@@ -103,7 +108,7 @@ def drop_checkpoint_metrics(trainer: ModuleType) -> bool:
 
 
 def keep_evaluation_strategy(train: ModuleType) -> bool:
-    """transformers >= 4.46 calls ``--evaluation_strategy``, which LLaVA's scripts use, ``--eval_strategy``."""
+    """Transformers since 4.46 calls ``--evaluation_strategy``, which LLaVA's scripts use, ``--eval_strategy``."""
     stock = train.TrainingArguments
     if "evaluation_strategy" in inspect.signature(stock).parameters:
         return False
@@ -112,7 +117,9 @@ def keep_evaluation_strategy(train: ModuleType) -> bool:
     class TrainingArguments(stock):  # type: ignore[misc, valid-type]
         """LLaVA's training arguments with the older name of ``eval_strategy``."""
 
-        evaluation_strategy: Optional[str] = field(default=None, metadata={"help": "Same as --eval_strategy."})  # noqa: UP045
+        evaluation_strategy: Optional[str] = field(
+            default=None, metadata={"help": "Same as --eval_strategy."}
+        )
 
         def __post_init__(self) -> None:
             if self.evaluation_strategy is not None:
@@ -120,7 +127,10 @@ def keep_evaluation_strategy(train: ModuleType) -> bool:
             super().__post_init__()
 
     # Checkpoints hold the arguments, pickled under the name by which LLaVA knows them.
-    TrainingArguments.__module__, TrainingArguments.__qualname__ = train.__name__, "TrainingArguments"
+    TrainingArguments.__module__, TrainingArguments.__qualname__ = (
+        train.__name__,
+        "TrainingArguments",
+    )
     train.TrainingArguments = TrainingArguments  # type: ignore[attr-defined]
     return True
 
@@ -139,14 +149,18 @@ def save_without_deepspeed(*modules: ModuleType) -> bool:
 
 
 def widen_rope_tables(model: torch.nn.Module) -> int:
-    """transformers <= 4.37 cuts its RoPE tables to the sequence length, so the position behind a gap is missing.
+    """Transformers up to 4.37 cuts its RoPE tables to the sequence length, so the position behind a gap is missing.
 
     Returns:
         The number of tables that now have one more row.
     """
     count = 0
     for module in model.modules():
-        names = inspect.signature(module.forward).parameters if "RotaryEmbedding" in type(module).__name__ else {}
+        names = (
+            inspect.signature(module.forward).parameters
+            if "RotaryEmbedding" in type(module).__name__
+            else {}
+        )
         if "seq_len" in names and "position_ids" not in names:
             module.register_forward_pre_hook(_one_more_row, with_kwargs=True)
             count += 1
@@ -175,7 +189,9 @@ def redirect_cuda() -> bool:
     def redirected(stock: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(stock)
         def to(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return stock(self, *map(local, args), **{name: local(value) for name, value in kwargs.items()})
+            return stock(
+                self, *map(local, args), **{name: local(value) for name, value in kwargs.items()}
+            )
 
         return to
 

@@ -9,8 +9,11 @@ from torch import Tensor
 
 from ..errors import ImageError
 
+#: Images ``[B, 3, H, W]``, or a list of ``[3, H, W]``.
+Images = Tensor | Sequence[Tensor]
 
-def image_batch(images: Tensor | Sequence[Tensor], size: int) -> Tensor:
+
+def image_batch(images: Images, size: int) -> Tensor:
     """One tensor ``[B, 3, size, size]`` from the forms that LLaVA's callers use.
 
     Args:

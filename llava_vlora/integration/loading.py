@@ -66,7 +66,9 @@ def load_pretrained_model(
     options["device_map"] = device_map if device == "cuda" else {"": device}
     if load_8bit or load_4bit:
         options["quantization_config"] = _quantization(load_4bit)
-    dtype = options.setdefault("torch_dtype", torch.float16 if device == "cuda" else _cpu_dtype(checkpoint, model_base))
+    dtype = options.setdefault(
+        "torch_dtype", torch.float16 if device == "cuda" else _cpu_dtype(checkpoint, model_base)
+    )
     if use_flash_attn:
         options["attn_implementation"] = "flash_attention_2"
     if not checkpoint.multimodal:
@@ -79,22 +81,35 @@ def load_pretrained_model(
     if not tower.is_loaded:
         tower.load_model()
     tower.to(device=model.get_input_embeddings().weight.device, dtype=dtype)
-    return tokenizer, model, tower.image_processor, getattr(model.config, "max_sequence_length", 2048)
+    return (
+        tokenizer,
+        model,
+        tower.image_processor,
+        getattr(model.config, "max_sequence_length", 2048),
+    )
 
 
-def _load_multimodal(checkpoint: Checkpoint, base: str | None, options: dict[str, Any]) -> tuple[Any, Any]:
+def _load_multimodal(
+    checkpoint: Checkpoint, base: str | None, options: dict[str, Any]
+) -> tuple[Any, Any]:
     if "mpt" in str(checkpoint.config.get("model_type")):
         return _load_mpt(checkpoint, base, options)
     model_class, config_class = _classes(checkpoint)
     config = locate_vision_tower(config_class.from_pretrained(checkpoint.path), checkpoint.path)
     source = str(checkpoint.path) if checkpoint.kind == "full" else checkpoint.base(base)
     if checkpoint.kind == "full" and base is not None:
-        _logger.warning("%s is a complete checkpoint; the model base %s is not used.", checkpoint.path, base)
+        _logger.warning(
+            "%s is a complete checkpoint; the model base %s is not used.", checkpoint.path, base
+        )
     _require_tokenizer(source)
     tokenizer = AutoTokenizer.from_pretrained(source, use_fast=False)
     model = load_checked(model_class.from_pretrained, source, config=config, **options)
     if checkpoint.kind == "projector":
-        load_projector(model.get_model().mm_projector, read_tensors(checkpoint.path / PROJECTOR_FILE), checkpoint.path)
+        load_projector(
+            model.get_model().mm_projector,
+            read_tensors(checkpoint.path / PROJECTOR_FILE),
+            checkpoint.path,
+        )
     elif checkpoint.kind == "lora":
         model = _merge_lora(checkpoint, model)
     return tokenizer, model
@@ -105,10 +120,14 @@ def _merge_lora(checkpoint: Checkpoint, model: Any) -> Any:
 
     tensors = read_tensors(checkpoint.path / NON_LORA_FILE)
     load_projector(model.get_model().mm_projector, tensors, checkpoint.path / NON_LORA_FILE)
-    rest = {_plain_name(name): tensor for name, tensor in tensors.items() if "mm_projector." not in name}
+    rest = {
+        _plain_name(name): tensor for name, tensor in tensors.items() if "mm_projector." not in name
+    }
     unknown = model.load_state_dict(rest, strict=False).unexpected_keys
     if unknown:
-        raise CheckpointError(f"{checkpoint.path / NON_LORA_FILE} has weights that the model lacks: {unknown[0]!r}.")
+        raise CheckpointError(
+            f"{checkpoint.path / NON_LORA_FILE} has weights that the model lacks: {unknown[0]!r}."
+        )
     return PeftModel.from_pretrained(model, str(checkpoint.path)).merge_and_unload()
 
 
@@ -117,7 +136,9 @@ def _plain_name(name: str) -> str:
     return name.removeprefix("base_model.model.")
 
 
-def _load_text_model(checkpoint: Checkpoint, base: str | None, options: dict[str, Any]) -> tuple[Any, Any]:
+def _load_text_model(
+    checkpoint: Checkpoint, base: str | None, options: dict[str, Any]
+) -> tuple[Any, Any]:
     source = checkpoint.base(base) if checkpoint.kind != "full" else str(checkpoint.path)
     _require_tokenizer(source)
     tokenizer = AutoTokenizer.from_pretrained(source, use_fast=False)
@@ -141,7 +162,11 @@ def _load_mpt(checkpoint: Checkpoint, base: str | None, options: dict[str, Any])
     config = AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=True)
     model = LlavaMptForCausalLM.from_pretrained(source, config=config, **options)
     if checkpoint.kind == "projector":
-        load_projector(model.get_model().mm_projector, read_tensors(checkpoint.path / PROJECTOR_FILE), checkpoint.path)
+        load_projector(
+            model.get_model().mm_projector,
+            read_tensors(checkpoint.path / PROJECTOR_FILE),
+            checkpoint.path,
+        )
     return AutoTokenizer.from_pretrained(source, use_fast=True), model
 
 
@@ -152,7 +177,11 @@ def _classes(checkpoint: Checkpoint) -> tuple[Any, Any]:
         if mistral:
             return LlavaVLoRAMistralForCausalLM, LlavaVLoRAMistralConfig
         return LlavaVLoRALlamaForCausalLM, LlavaVLoRAConfig
-    return (LlavaMistralForCausalLM, LlavaMistralConfig) if mistral else (LlavaLlamaForCausalLM, LlavaConfig)
+    return (
+        (LlavaMistralForCausalLM, LlavaMistralConfig)
+        if mistral
+        else (LlavaLlamaForCausalLM, LlavaConfig)
+    )
 
 
 def _quantization(four_bit: bool) -> BitsAndBytesConfig:
@@ -191,6 +220,8 @@ def _add_image_tokens(tokenizer: Any, model: Any) -> None:
     if getattr(model.config, "mm_use_im_patch_token", True):
         added += tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
     if getattr(model.config, "mm_use_im_start_end", False):
-        added += tokenizer.add_tokens([DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True)
+        added += tokenizer.add_tokens(
+            [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN], special_tokens=True
+        )
     if added or len(tokenizer) != model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer))

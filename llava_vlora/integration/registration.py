@@ -63,7 +63,7 @@ def register() -> Registration:
 
 def _replace_loader() -> None:
     # Evaluators bind the function by name when they are imported, so those already there are updated too.
-    stock = llava.model.builder.load_pretrained_model
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] in ("llava", "__main__") and getattr(module, stock.__name__, None) is stock:
-            setattr(module, stock.__name__, load_pretrained_model)
+    name, stock = "load_pretrained_model", llava.model.builder.load_pretrained_model
+    for path, module in list(sys.modules.items()):
+        if path.partition(".")[0] in ("llava", "__main__") and getattr(module, name, None) is stock:
+            setattr(module, name, load_pretrained_model)

@@ -15,7 +15,8 @@ from transformers import AutoConfig
 from ..config import DERIVED_KEYS, VLoRAConfig, check_derived
 from ..errors import ConfigError, UnsupportedDecoderError, listing
 from .checkpoint import is_vlora, load_projector, read_json, read_tensors
-from .modeling import LlavaVLoRALlamaForCausalLM, LlavaVLoRAMistralForCausalLM, VLoRAMetaModel
+from .meta_model import VLoRAMetaModel
+from .modeling import LlavaVLoRALlamaForCausalLM, LlavaVLoRAMistralForCausalLM
 
 _VISION_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -25,24 +26,54 @@ class VLoRAArguments:
     """Flags that the plugin adds to LLaVA's model arguments. ``None`` stands for the default."""
 
     # `Optional`, not `| None`: the argument parser of transformers 4.36 reads only the former.
-    vlora_dim: Optional[int] = field(default=None, metadata={"help": "Width of the generator (512)."})  # noqa: UP045
-    vlora_depth: Optional[int] = field(default=None, metadata={"help": "Decoder blocks of the generator (8)."})  # noqa: UP045
-    vlora_heads: Optional[int] = field(default=None, metadata={"help": "Attention heads of a block (16)."})  # noqa: UP045
-    vlora_rank: Optional[int] = field(default=None, metadata={"help": "Rank of a perceptual weight (64)."})  # noqa: UP045
-    vlora_alpha: Optional[float] = field(default=None, metadata={"help": "Scale is alpha / rank (alpha = rank)."})  # noqa: UP045
-    vlora_type: Optional[str] = field(default=None, metadata={"help": "Weight types, letters of qkvom (qkvom)."})  # noqa: UP045
-    vlora_layers: Optional[str] = field(default=None, metadata={"help": "Injected layers from 0, such as 3,7,11."})  # noqa: UP045
-    vlora_placeholder: Optional[str] = field(default=None, metadata={"help": "gap or contiguous (gap)."})  # noqa: UP045
-    weights_sep: Optional[bool] = field(default=None, metadata={"help": "One sub-generator a weight type (True)."})  # noqa: UP045
-    skip_layers: Optional[int] = field(default=None, metadata={"help": "Inject every n-th layer (4)."})  # noqa: UP045
-    vlora_llm_dim: Optional[int] = field(default=None, metadata={"help": "Derived; checked if given."})  # noqa: UP045
-    vlora_llm_depth: Optional[int] = field(default=None, metadata={"help": "Derived; checked if given."})  # noqa: UP045
-    vlora_visual_dim: Optional[int] = field(default=None, metadata={"help": "Derived; checked if given."})  # noqa: UP045
-    vlora_pos_num: Optional[int] = field(default=None, metadata={"help": "Derived; checked if given."})  # noqa: UP045
-    mm_vision_dtype: Optional[str] = field(  # noqa: UP045
+    vlora_dim: Optional[int] = field(
+        default=None, metadata={"help": "Width of the generator (512)."}
+    )
+    vlora_depth: Optional[int] = field(
+        default=None, metadata={"help": "Decoder blocks of the generator (8)."}
+    )
+    vlora_heads: Optional[int] = field(
+        default=None, metadata={"help": "Attention heads of a block (16)."}
+    )
+    vlora_rank: Optional[int] = field(
+        default=None, metadata={"help": "Rank of a perceptual weight (64)."}
+    )
+    vlora_alpha: Optional[float] = field(
+        default=None, metadata={"help": "Scale is alpha / rank (alpha = rank)."}
+    )
+    vlora_type: Optional[str] = field(
+        default=None, metadata={"help": "Weight types, letters of qkvom (qkvom)."}
+    )
+    vlora_layers: Optional[str] = field(
+        default=None, metadata={"help": "Injected layers from 0, such as 3,7,11."}
+    )
+    vlora_placeholder: Optional[str] = field(
+        default=None, metadata={"help": "gap or contiguous (gap)."}
+    )
+    weights_sep: Optional[bool] = field(
+        default=None, metadata={"help": "One sub-generator a weight type (True)."}
+    )
+    skip_layers: Optional[int] = field(
+        default=None, metadata={"help": "Inject every n-th layer (4)."}
+    )
+    vlora_llm_dim: Optional[int] = field(
+        default=None, metadata={"help": "Derived; checked if given."}
+    )
+    vlora_llm_depth: Optional[int] = field(
+        default=None, metadata={"help": "Derived; checked if given."}
+    )
+    vlora_visual_dim: Optional[int] = field(
+        default=None, metadata={"help": "Derived; checked if given."}
+    )
+    vlora_pos_num: Optional[int] = field(
+        default=None, metadata={"help": "Derived; checked if given."}
+    )
+    mm_vision_dtype: Optional[str] = field(
         default=None,
-        metadata={"help": "dtype of the vision tower; default is LLaVA's rule: bfloat16 with --bf16, else float16, "
-                          "which CPUs emulate slowly (use float32 there)."},
+        metadata={
+            "help": "dtype of the vision tower; default is LLaVA's rule: bfloat16 with --bf16, else float16, "
+            "which CPUs emulate slowly (use float32 there)."
+        },
     )
 
     def given(self) -> dict[str, Any]:
@@ -85,9 +116,14 @@ def _check_arguments(arguments: Any) -> None:
     if arguments.mm_projector_type == "vlora":
         VLoRAConfig.from_keys(given, where="The command line")
         if arguments.vision_tower is None:
-            raise ConfigError("--mm_projector_type vlora needs --vision_tower: there is no image without one.")
+            raise ConfigError(
+                "--mm_projector_type vlora needs --vision_tower: there is no image without one."
+            )
     elif given:
-        print(f"--mm_projector_type {arguments.mm_projector_type}: {', '.join(given)} not used", file=sys.stderr)
+        print(
+            f"--mm_projector_type {arguments.mm_projector_type}: {', '.join(given)} not used",
+            file=sys.stderr,
+        )
 
 
 class _ChosenClass:
@@ -109,7 +145,7 @@ class _ChosenClass:
         config = AutoConfig.from_pretrained(path)
         if is_vlora(config.to_dict()) and not wanted:
             raise ConfigError(
-                f"{path} is a VLoRA model, but --mm_projector_type is {getattr(arguments, 'mm_projector_type', None)!r}; "
+                f"{path} is a VLoRA model, but --mm_projector_type asks for another projector; "
                 "give --mm_projector_type vlora."
             )
         chosen = _vlora_class(path, config.model_type) if wanted else self._stock
@@ -153,15 +189,17 @@ def initialize_generator(model: Any, arguments: Any, fsdp: Any) -> None:
         where = "The command line"
         keys = {k: v for k, v in _stage1_keys(stage1).items() if k not in DERIVED_KEYS} | given
         # What neither this run nor stage 1 says has the paper's value.
-        model.config.update({**VLoRAConfig.from_keys(keys, where=where).to_keys(), **_derived(given)})
+        model.config.update(
+            {**VLoRAConfig.from_keys(keys, where=where).to_keys(), **_derived(given)}
+        )
         model.build_generator(where)
     else:
         settings = model.mm_projector.config
         wanted = VLoRAConfig.from_keys({**settings.to_keys(), **given}, where="The command line")
         if wanted != settings:
             raise ConfigError(
-                f"The checkpoint that training starts from has {settings.to_keys()}, the command line asks for {given}; "
-                "leave the --vlora_* flags out to continue with the checkpoint's."
+                f"The checkpoint that training starts from has {settings.to_keys()}, "
+                f"the command line asks for {given}; leave the --vlora_* flags out to continue with the checkpoint's."
             )
         check_derived(given, model.config.to_dict(), where="The command line")
     if stage1 is not None:

@@ -1,0 +1,310 @@
+"""The calls of a VLoRA model: perceive, see, forward and generate.
+
+The decoder is the one that LLaVA uses, unchanged: weights are added by hooks while a call runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .. import injection
+from ..config import VLoRAConfig
+from ..errors import ConfigError, PromptError, WeightsError
+from ..generator import PerceptualWeightsGenerator
+from ..placeholder import IMAGE_TOKEN_INDEX, TextBatch, drop_slots, gap_positions
+from ..weights import PerceptualWeights
+from .checkpoint import load_checked, locate_vision_tower
+from .images import Images, image_batch
+
+
+class VLoRAMetaForCausalLM:
+    """The calls of a VLoRA model, on top of a causal language model of transformers."""
+
+    config: Any
+    training: bool
+    device: torch.device
+    dtype: torch.dtype
+    base_class: type[Any]
+    """The transformers class whose ``forward`` and ``generate`` do the work."""
+    model_class: type[Any]
+
+    def __init__(self, config: Any) -> None:
+        """Build the model as LLaVA does, with the generator for a projector."""
+        super(self.base_class, self).__init__(config)  # type: ignore[call-arg]
+        self.model = self.model_class(config)
+        self.pretraining_tp = getattr(config, "pretraining_tp", 1)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        cast(Any, self).post_init()
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """Load a model; a checkpoint that lacks or misfits weights raises ``CheckpointError``."""
+        config = kwargs.pop("config", None) or cast(Any, cls).config_class.from_pretrained(path)
+        kwargs["config"] = locate_vision_tower(config, path)
+        return load_checked(super().from_pretrained, path, *args, **kwargs)  # type: ignore[misc]
+
+    # --- what an image becomes ---------------------------------------------------------------------
+
+    def get_model(self) -> Any:
+        """The decoder with tower and generator, as LLaVA's code expects."""
+        return self.model
+
+    @property
+    def generator(self) -> PerceptualWeightsGenerator:
+        """The generator, LLaVA's ``mm_projector``."""
+        generator = getattr(self.model, "mm_projector", None)
+        if not isinstance(generator, PerceptualWeightsGenerator):
+            raise ConfigError(
+                "This model has no generator yet: it was loaded from a plain language model."
+            )
+        return generator
+
+    @property
+    def vlora_config(self) -> VLoRAConfig:
+        """The settings of the generator."""
+        return self.generator.config
+
+    def image_features(self, images: Images) -> Tensor:
+        """Patch features ``[B, V, visual_dim]`` of images ``[B, 3, H, W]``.
+
+        Raises:
+            ImageError: The images are not all of the vision tower's size.
+        """
+        tower = cast(Any, self).get_vision_tower()
+        if not tower.is_loaded:
+            tower.load_model()
+            tower.to(device=self.device, dtype=self.dtype)
+        batch = image_batch(images, tower.config.image_size)
+        return cast(Tensor, tower(batch)).to(self.generator.visual_proj.weight.device)
+
+    def perceive(self, images: Images) -> PerceptualWeights:
+        """The perceptual weights of images ``[B, 3, H, W]`` (or a list of ``[3, H, W]``), one row each."""
+        return cast(PerceptualWeights, self.generator(self.image_features(images)))
+
+    def look(self, images: Images) -> Tensor:
+        """Where the generator looks: ``[B, T, K, V]`` by weight type, injected layer and patch; rows sum to one."""
+        return self.generator.look(self.image_features(images))
+
+    def seeing(self, weights: PerceptualWeights) -> AbstractContextManager[None]:
+        """While open, this thread's calls see the images behind ``weights``."""
+        return injection.seeing(cast(nn.Module, self), weights)
+
+    def drop_slots(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> TextBatch:
+        """Take ``<image>`` slots out by this model's rule; see :func:`llava_vlora.placeholder.drop_slots`."""
+        return drop_slots(input_ids, *args, rule=self.vlora_config.placeholder, **kwargs)
+
+    def _weights_for(self, images: Images, has_image: Tensor) -> PerceptualWeights | None:
+        """Weights for a batch whose rows ``has_image [B]`` see an image; None where nothing is to be added.
+
+        Only images that a row shows are encoded. In training at least one is, so that on every rank each
+        parameter of the generator takes part.
+        """
+        rows, size = has_image.nonzero().flatten(), len(has_image)
+        if len(images) not in (size, len(rows)):
+            raise PromptError(
+                f"{len(images)} images for {size} prompts, of which {len(rows)} have an <image>; "
+                "give one image for each prompt or for each <image>."
+            )
+        if not len(rows) and not self._trains():
+            return None
+        if len(rows) < len(images):
+            chosen = rows.tolist() or [0]
+            images = images[chosen] if isinstance(images, Tensor) else [images[i] for i in chosen]
+        weights = self.perceive(images)
+        if len(rows) == size:
+            return weights
+        if len(rows):
+            return weights.scatter(rows, size)
+        return weights.index([0] * size).mask(has_image)
+
+    def _trains(self) -> bool:
+        generator = getattr(self.model, "mm_projector", None)
+        return (
+            self.training
+            and torch.is_grad_enabled()
+            and generator is not None
+            and any(p.requires_grad for p in generator.parameters())
+        )
+
+    # --- calls -------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        images: Images | None = None,
+        image_sizes: Sequence[Sequence[int]] | None = None,
+        return_dict: bool | None = None,
+        cache_position: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+    ) -> Any:
+        """LLaVA's call.
+
+        ``input_ids [B, N]`` may hold one ``<image>`` slot a row; ``images`` has one image for each row or for
+        each slot. The slots are dropped: logits are ``[B, N - 1, vocab]`` where every row has one.
+
+        Raises:
+            PromptError: Images and slots do not go together.
+            ConfigError: ``pretraining_tp`` is set, which would bypass the injected modules.
+        """
+        if getattr(self.config, "pretraining_tp", 1) != 1:
+            raise ConfigError(
+                f"pretraining_tp is {self.config.pretraining_tp}: transformers then computes projections in "
+                "slices that bypass their modules, and the image would be ignored. Set config.pretraining_tp "
+                "to 1; the results are the same."
+            )
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "use_cache": use_cache,
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "return_dict": return_dict,
+            "cache_position": cache_position,
+        }
+        weights = None
+        if input_ids is not None and inputs_embeds is None:
+            weights = self._read_prompt(given, images)
+        given = {name: value for name, value in given.items() if value is not None}
+        if "logits_to_keep" in inspect.signature(self.base_class.forward).parameters:
+            given["logits_to_keep"] = logits_to_keep
+        with nullcontext() if weights is None else self.seeing(weights):
+            return self.base_class.forward(self, **given)
+
+    def _read_prompt(
+        self, given: dict[str, Any], images: Images | None
+    ) -> PerceptualWeights | None:
+        """Drop slots from the inputs collected in ``given`` and turn the images into weights."""
+        ids = given["input_ids"]
+        has_image = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        # A single token is a decoding step; looking for slots there would stall a GPU at every token.
+        slotted = ids.shape[1] > 1 and bool((ids == IMAGE_TOKEN_INDEX).any())
+        if slotted:
+            self._check_seen(images)
+            text = self.drop_slots(
+                ids, given["attention_mask"], given["labels"], given["position_ids"]
+            )
+            for name in ("input_ids", "attention_mask", "position_ids", "labels"):
+                given[name] = getattr(text, name)
+            has_image = text.has_image
+        if images is None and self._trains() and injection.active(cast(nn.Module, self)) is None:
+            # A batch of text alone: the generator runs on a blank image so that all ranks do the same.
+            size = cast(Any, self).get_vision_tower().config.image_size
+            images = torch.zeros(len(ids), 3, size, size, device=ids.device)
+        if images is None:
+            return None
+        past = given["past_key_values"]
+        if not slotted and past is not None and len(past):
+            raise PromptError(
+                "A cached call cannot tell which rows saw an image before. Use generate(), or "
+                "`with model.seeing(weights):` with position_ids."
+            )
+        return self._weights_for(images, has_image)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        images: Images | None = None,
+        image_sizes: Sequence[Sequence[int]] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """LLaVA's ``generate``: prompts ``inputs [B, N]`` with or without ``<image>`` slots, any padding side.
+
+        Takes all options of transformers' ``generate`` and, like LLaVA, returns the new tokens only.
+
+        Raises:
+            PromptError: Images and slots do not go together.
+        """
+        inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if inputs is None or kwargs.pop("inputs_embeds", None) is not None:
+            raise PromptError(
+                "generate() needs token ids, with -200 where the <image> stands; not embeddings."
+            )
+        if kwargs.pop("position_ids", None) is not None:
+            raise PromptError(
+                "generate() derives position_ids from the prompt and its attention_mask; leave them out."
+            )
+        text = self.drop_slots(inputs, kwargs.pop("attention_mask", None), side="left")
+        slotted = bool(text.has_image.any())
+        if slotted:
+            self._check_seen(images)
+        elif images is not None:
+            raise PromptError(
+                "Images were given, but no prompt has an <image>; add it, or leave the images out."
+            )
+        weights = injection.active(cast(nn.Module, self))
+        if images is not None:
+            weights = self._weights_for(images, text.has_image)
+        if weights is not None and len(weights) not in (1, len(inputs)):
+            raise WeightsError(
+                f"Perceptual weights of {len(weights)} rows cannot serve {len(inputs)} prompts."
+            )
+        if slotted and self.vlora_config.placeholder == "gap":
+            kwargs["after_slot"] = text.after_slot
+        with ExitStack() as stack:
+            if weights is not None:
+                stack.enter_context(injection.seeing(cast(nn.Module, self), weights, expand=True))
+            return self.base_class.generate(
+                self,
+                inputs_embeds=self.model.embed_tokens(text.input_ids),
+                attention_mask=text.attention_mask.long(),
+                **kwargs,
+            )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        after_slot: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Inputs of one step, with the positions of the training rule.
+
+        Args:
+            input_ids: ``[B, N]``, tokens so far.
+            past_key_values: The cache.
+            inputs_embeds: ``[B, M, hidden]``, the prompt.
+            after_slot: ``[B]``, see :class:`~llava_vlora.placeholder.TextBatch`.
+            kwargs: As in transformers.
+        """
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+        )
+        if after_slot is not None:
+            fed = (
+                inputs["input_ids"]
+                if inputs.get("inputs_embeds") is None
+                else inputs["inputs_embeds"]
+            )
+            inputs["position_ids"] = gap_positions(kwargs["attention_mask"], after_slot)[
+                :, -fed.shape[1] :
+            ]
+        return inputs
+
+    def _check_seen(self, images: object) -> None:
+        if images is None and injection.active(cast(nn.Module, self)) is None:
+            raise PromptError(
+                "The prompt has an <image>, but no image was given. Pass images=..., or call inside "
+                "`with model.seeing(model.perceive(images)):`."
+            )
