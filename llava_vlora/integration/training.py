@@ -119,6 +119,12 @@ def _check_arguments(arguments: Any) -> None:
             raise ConfigError(
                 "--mm_projector_type vlora needs --vision_tower: there is no image without one."
             )
+        if "mpt" in arguments.model_name_or_path:
+            raise UnsupportedDecoderError(
+                f"LLaVA's trainer takes {arguments.model_name_or_path!r} for an MPT model, because its path "
+                "has 'mpt' in it. MPT has one fused projection, which VLoRA cannot write to: use a Llama or "
+                "Mistral model, or, if it is one, another path."
+            )
     elif given:
         print(
             f"--mm_projector_type {arguments.mm_projector_type}: {', '.join(given)} not used",
