@@ -10,7 +10,7 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +19,7 @@ from rich.console import Console
 
 from ..errors import ConfigError
 from ..evaluation.files import Question, read_questions, write_json, write_text
+from ..evaluation.pope import pope_score
 from ..sceneqa import write_dataset
 from . import plan
 from .plan import PROJECTORS, RunFolder, Settings
@@ -59,8 +60,8 @@ class Demo:
                 self._run_jobs([self._training(model, stage) for model in PROJECTORS])
         questions = read_questions(self.folder.files.test_questions)
         with self._timed("answers"):
-            jobs = [self._answering(name, len(questions)) for name in plan.ANSWERS]
-            self._run_jobs(jobs)
+            self._run_jobs([self._answering(name, len(questions)) for name in plan.ANSWERS])
+            self._score_pope()
         with self._timed("measurements"):
             self._measure(questions)
         self._describe()
@@ -68,18 +69,20 @@ class Demo:
     def _describe(self) -> None:
         """Write what the run is, with the exact commands, before anything else happens."""
         commands = {
-            f"{stage}-{model}": self._training_command(model, stage)
+            f"{stage}-{model}": shell_line(self._training_command(model, stage), self.folder)
             for stage in plan.STAGES
             for model in PROJECTORS
         }
-        lines = [f"# {name}\n{shlex.join(command)}\n" for name, command in commands.items()]
-        write_text(self.folder.root / "commands.txt", "\n".join(lines))
+        lines = [f"RUN={shlex.quote(str(self.folder.root))}"]
+        lines += [f"ASSETS={shlex.quote(str(plan.ASSETS))}"]
+        lines += [f"\n# {name}\n{command}" for name, command in commands.items()]
+        write_text(self.folder.root / "commands.txt", "\n".join(lines) + "\n")
         write_json(
             self.folder.run,
             {
                 "settings": asdict(self.settings),
                 "recipe": asdict(self.settings.recipe()),
-                "commands": {name: shlex.join(command) for name, command in commands.items()},
+                "commands": commands,
                 "versions": _versions(),
                 "commit": _commit(),
                 "machine": {"platform": platform.platform(), "cores": os.cpu_count()},
@@ -117,6 +120,17 @@ class Demo:
             f"answer {name}", command, self.folder.log(f"answer-{name}"), total, worker_progress
         )
 
+    def _score_pope(self) -> None:
+        files = self.folder.files
+        scores = {}
+        with progress_bar(self.console) as progress:
+            for name in progress.track(plan.ANSWERS, description="POPE scorer"):
+                score = pope_score(
+                    files.pope_questions, files.pope_annotations, self.folder.answers(name)
+                )
+                scores[name] = asdict(score)
+        write_json(self.folder.pope, scores)
+
     def _measure(self, questions: list[Question]) -> None:
         memory = [
             self._worker(f"memory {name}", plan.memory_command(self.settings, self.folder, name))
@@ -147,6 +161,20 @@ class Demo:
         start = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - start, 1)
+
+
+def shell_line(command: Sequence[str], folder: RunFolder) -> str:
+    """A command for a shell in which RUN and ASSETS name the two folders it refers to."""
+    words = ["python"]
+    for word in command[1:]:
+        for variable, path in (("RUN", folder.root), ("ASSETS", plan.ASSETS)):
+            if word == str(path) or word.startswith(f"{path}/"):
+                rest = word[len(str(path)) :]
+                words.append(f'"${variable}"' + (shlex.quote(rest) if rest else ""))
+                break
+        else:
+            words.append(shlex.quote(word))
+    return " ".join(words)
 
 
 def clear(folder: RunFolder) -> None:

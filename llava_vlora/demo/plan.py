@@ -17,7 +17,8 @@ ANSWERS = ("llava", "vlora", "blind")
 Stage = Literal["pretrain", "finetune"]
 STAGES: tuple[Stage, ...] = ("pretrain", "finetune")
 
-_ASSETS = Path(__file__).resolve().parent.parent / "assets"
+#: Base models: the language model, and beside it a vision tower for each size.
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,11 @@ class RunFolder:
         """Answer file of a model or of the blind baseline."""
         return self.root / "answers" / f"{name}.jsonl"
 
+    @property
+    def pope(self) -> Path:
+        """Scores of LLaVA's own POPE scorer."""
+        return self.root / "answers" / "pope.json"
+
     def memory(self, model: str) -> Path:
         """Peak memory of a model."""
         return self.root / f"memory-{model}.json"
@@ -102,11 +108,11 @@ def training_command(settings: Settings, folder: RunFolder, model: str, stage: S
     """
     recipe, files, pretrain = settings.recipe(), folder.files, stage == "pretrain"
     flags: dict[str, object] = {
-        "model_name_or_path": _ASSETS,
+        "model_name_or_path": ASSETS,
         "version": "plain" if pretrain else "v1",
         "data_path": files.pretrain if pretrain else files.finetune,
         "image_folder": files.image_folder,
-        "vision_tower": _ASSETS / f"clip_{settings.size}",
+        "vision_tower": ASSETS / f"clip_{settings.size}",
         "mm_projector_type": PROJECTORS[model],
         "mm_vision_select_layer": -2,
         "mm_use_im_start_end": False,

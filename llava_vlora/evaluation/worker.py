@@ -37,6 +37,11 @@ def report_progress(done: int, total: int) -> None:
     print(f"progress {done} {total}", flush=True)
 
 
+def typical(questions: Sequence[Question]) -> Question:
+    """The question of median length, on which everything is measured."""
+    return sorted(questions, key=lambda q: (len(q.text), q.id))[len(questions) // 2]
+
+
 def _load(path: str, device: str) -> api.Loaded:
     # Float32 everywhere: the models are small, and rounding must not decide between them.
     return api.load(path, device=device, dtype=torch.float32)
@@ -60,7 +65,7 @@ def run_answer(args: argparse.Namespace, questions: list[Question], images: Path
 def run_measure(args: argparse.Namespace, questions: list[Question], images: Path) -> None:
     """Time both models in turns; count tokens, parameters and FLOPs."""
     models = {name: _load(path, args.device) for name, path in map(_pair, args.models)}
-    question = questions[0]
+    question = typical(questions)
     image = open_images([question.image], images)[0]
     times = measure_times(models, question.text, image, progress=report_progress)
     result = {}
@@ -78,7 +83,8 @@ def run_measure(args: argparse.Namespace, questions: list[Question], images: Pat
             "flops": asdict(cost) | {"first_token": cost.first_token},
         }
     machine = {"device": args.device, "threads": torch.get_num_threads()}
-    write_json(args.out, {"convention": CONVENTION, "machine": machine, "models": result})
+    found = {"question": question.text, "machine": machine, "models": result}
+    write_json(args.out, {"convention": CONVENTION, **found})
 
 
 def run_memory(args: argparse.Namespace, questions: list[Question], images: Path) -> None:
@@ -87,7 +93,7 @@ def run_memory(args: argparse.Namespace, questions: list[Question], images: Path
     before = peak_memory(device)
     loaded = _load(args.model, args.device)
     after_load = peak_memory(device)
-    question = questions[0]
+    question = typical(questions)
     ids = api.prompt_ids(loaded.tokenizer, question.text).unsqueeze(0)
     image = open_images([question.image], images)
     generate(loaded, ids, image, min_new_tokens=16, max_new_tokens=16)
