@@ -1,0 +1,132 @@
+"""VLoRA from its formulas, in plain torch, with weights read by name from a public checkpoint.
+
+Nothing here comes from the package: the tests compare the two.
+
+Shapes: B images, V patches, D generator width, N tokens, H language model width, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+State = Mapping[str, Tensor]
+#: (weight type, layer) -> ``A [B, H, R]`` of each image and ``B [H, R]`` shared by all.
+Factors = dict[tuple[str, int], tuple[Tensor, Tensor]]
+
+HEADS = 16  # of the public generator, which has no setting for it
+
+
+def linear(state: State, name: str, x: Tensor) -> Tensor:
+    return x @ state[f"{name}.weight"].T + state.get(f"{name}.bias", torch.zeros(()).to(x))
+
+
+def layer_norm(state: State, name: str, x: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    unit = centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+    return unit * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+
+def rms_norm(state: State, name: str, x: Tensor, eps: float) -> Tensor:
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * state[f"{name}.weight"]
+
+
+def heads(x: Tensor, count: int) -> Tensor:
+    """``[..., N, H]`` -> ``[..., count, N, H / count]``."""
+    return x.unflatten(-1, (count, -1)).transpose(-3, -2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of ``[..., heads, N, width]``, heads merged again."""
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(-3, -2).flatten(-2)
+
+
+def mha(state: State, name: str, query: Tensor, memory: Tensor) -> Tensor:
+    """torch's multi-head attention layout: one stacked input projection."""
+    weights, biases = (
+        state[f"{name}.in_proj_weight"].chunk(3),
+        state[f"{name}.in_proj_bias"].chunk(3),
+    )
+    q, k, v = (
+        heads(x @ w.T + b, HEADS)
+        for x, w, b in zip((query, memory, memory), weights, biases, strict=True)
+    )
+    return linear(state, f"{name}.out_proj", attend(q, k, v))
+
+
+def factors(state: State, config: Mapping[str, Any], features: Tensor) -> Factors:
+    """Patch features ``[B, V, visual_dim]`` -> the factors of every weight type and injected layer."""
+    prefix, rank, width = "model.mm_projector", config["vlora_rank"], config["vlora_llm_dim"]
+    image = linear(state, f"{prefix}.visual_proj", features) + state[f"{prefix}.pos_embed"]
+    every = config["skip_layers"]
+    count = config["vlora_llm_depth"] // every
+    found: Factors = {}
+    for t, letter in enumerate(config["vlora_type"]):
+        gen = f"{prefix}.gen.{t}"
+        queries = state[f"{gen}.queries"].expand(len(features), -1, -1)
+        for n in range(config["vlora_depth"]):
+            block = f"{gen}.decoders.{n}"
+            x = layer_norm(state, f"{block}.norm1", queries)
+            queries = queries + mha(state, f"{block}.self_attn", x, x)
+            x = layer_norm(state, f"{block}.norm2", queries)
+            queries = queries + mha(state, f"{block}.multihead_attn", x, image)
+            x = linear(state, f"{block}.linear1", layer_norm(state, f"{block}.norm3", queries))
+            gelu = x * (1 + torch.erf(x / math.sqrt(2))) / 2
+            queries = queries + linear(state, f"{block}.linear2", gelu)
+        flat = linear(state, f"{gen}.weights_head", layer_norm(state, f"{gen}.norm", queries))
+        for j in range(count):
+            a = flat[:, j].view(-1, width, rank)
+            b = state[f"{prefix}.Bs"][0, t * count + j].view(width, rank)
+            found[letter, every * (j + 1) - 1] = (a, config["vlora_alpha"] / rank * b)
+    return found
+
+
+def logits(
+    state: State,
+    config: Mapping[str, Any],
+    ids: Tensor,
+    positions: Tensor,
+    weights: Mapping[tuple[str, int], tuple[Tensor, Tensor]],
+) -> Tensor:
+    """One row ``ids [N]`` through the Llama decoder with the factors ``(A [H, R], B [H, R])`` -> ``[N, vocab]``."""
+    count, eps = config["num_attention_heads"], config["rms_norm_eps"]
+    half = torch.arange(0, config["hidden_size"] // count, 2, dtype=torch.float64)
+    angle = positions[:, None] * config["rope_theta"] ** (-half * count / config["hidden_size"])
+    cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
+
+    def rotate(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat((-second, first), -1) * sin
+
+    causal = torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+    hidden = state["model.embed_tokens.weight"][ids]
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}"
+
+        def seen(letter: str, x: Tensor, i: int = i) -> Tensor:
+            if (letter, i) not in weights:
+                return torch.zeros(()).to(x)
+            a, b = weights[letter, i]
+            return x @ (b @ a.T).T  # the dense delta_W
+
+        x = rms_norm(state, f"{layer}.input_layernorm", hidden, eps)
+        q, k, v = (
+            heads(linear(state, f"{layer}.self_attn.{t}_proj", x) + seen(t, x), count)
+            for t in "qkv"
+        )
+        x = attend(rotate(q), rotate(k), v, causal)
+        hidden = hidden + linear(state, f"{layer}.self_attn.o_proj", x) + seen("o", x)
+        x = rms_norm(state, f"{layer}.post_attention_layernorm", hidden, eps)
+        gated = F.silu(linear(state, f"{layer}.mlp.gate_proj", x)) * linear(
+            state, f"{layer}.mlp.up_proj", x
+        )
+        hidden = hidden + linear(state, f"{layer}.mlp.down_proj", gated) + seen("m", x)
+    return linear(state, "lm_head", rms_norm(state, "model.norm", hidden, eps))
