@@ -89,6 +89,17 @@ class VLoRAMetaForCausalLM:
         """The perceptual weights of images ``[B, 3, H, W]`` (or a list of ``[3, H, W]``), one row each."""
         return cast(PerceptualWeights, self.generator(self.image_features(images)))
 
+    def encode_images(self, images: Images) -> PerceptualWeights:
+        """LLaVA's name for :meth:`perceive`."""
+        return self.perceive(images)
+
+    def prepare_inputs_labels_for_multimodal(self, *args: Any, **kwargs: Any) -> Any:
+        """Not for this model: there are no visual tokens to put into the sequence."""
+        raise PromptError(
+            "A VLoRA model has no visual tokens to mix with the text. Pass images= to forward() or generate(), or "
+            "use drop_slots() and `with model.seeing(model.perceive(images)):`."
+        )
+
     def look(self, images: Images) -> Tensor:
         """Where the generator looks: ``[B, T, K, V]`` by weight type, injected layer and patch; rows sum to one."""
         return self.generator.look(self.image_features(images))
@@ -121,9 +132,7 @@ class VLoRAMetaForCausalLM:
         weights = self.perceive(images)
         if len(rows) == size:
             return weights
-        if len(rows):
-            return weights.scatter(rows, size)
-        return weights.index([0] * size).mask(has_image)
+        return weights.scatter(rows, size) if len(rows) else weights.mask(has_image[:1])
 
     def _trains(self) -> bool:
         generator = getattr(self.model, "mm_projector", None)

@@ -10,7 +10,7 @@ from typing import Any, Optional, cast
 
 import torch
 from llava.model.llava_arch import LlavaMetaModel
-from transformers import AutoConfig
+from transformers import PretrainedConfig
 
 from ..config import DERIVED_KEYS, VLoRAConfig, check_derived
 from ..errors import ConfigError, UnsupportedDecoderError, listing
@@ -148,13 +148,13 @@ class _ChosenClass:
         kwargs["attn_implementation"] = _available_attention(kwargs.get("attn_implementation"))
         arguments = cast(Any, _Request.arguments)
         wanted = arguments is not None and arguments.mm_projector_type == "vlora"
-        config = AutoConfig.from_pretrained(path)
-        if is_vlora(config.to_dict()) and not wanted:
+        config = PretrainedConfig.get_config_dict(path)[0]
+        if is_vlora(config) and not wanted:
             raise ConfigError(
                 f"{path} is a VLoRA model, but --mm_projector_type asks for another projector; "
                 "give --mm_projector_type vlora."
             )
-        chosen = _vlora_class(path, config.model_type) if wanted else self._stock
+        chosen = _vlora_class(path, str(config.get("model_type"))) if wanted else self._stock
         return chosen.from_pretrained(path, *args, **kwargs)
 
 
