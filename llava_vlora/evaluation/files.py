@@ -103,18 +103,21 @@ def write_answers(
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def read_answers(path: Path, ids: Sequence[int], *, others: bool = False) -> list[dict[str, Any]]:
+def read_answers(
+    path: Path, ids: Sequence[int], *, key: str = "text", others: bool = False
+) -> list[dict[str, Any]]:
     """Rows of an answer file in the order of ``ids``.
 
     Args:
         path: The answer file.
         ids: Ids of the questions, each once.
+        key: What each row must hold.
         others: Whether the file may also hold answers to other questions.
 
     Raises:
         DataError: An id has no answer or several, or an answer belongs to no id.
     """
-    rows = read_rows(path, ("question_id", "text"))
+    rows = read_rows(path, ("question_id", key))
     by_id = {row["question_id"]: row for row in rows}
     missing = [i for i in ids if i not in by_id]
     extra = sorted(by_id.keys() - set(ids), key=str)

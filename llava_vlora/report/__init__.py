@@ -1,0 +1,1 @@
+"""Reports, built afterwards from the files in a run folder."""
