@@ -82,8 +82,10 @@ class VLoRAMetaForCausalLM:
         if not tower.is_loaded:
             tower.load_model()
             tower.to(device=self.device, dtype=self.dtype)
-        batch = image_batch(images, tower.config.image_size)
-        return cast(Tensor, tower(batch)).to(self.generator.visual_proj.weight.device)
+        weight = self.generator.visual_proj.weight
+        # The tower returns the dtype of the images, which LLaVA's evaluators halve whatever the model is in.
+        batch = image_batch(images, tower.config.image_size).to(weight.dtype)
+        return cast(Tensor, tower(batch)).to(weight.device)
 
     def perceive(self, images: Images) -> PerceptualWeights:
         """The perceptual weights of images ``[B, 3, H, W]`` (or a list of ``[3, H, W]``), one row each."""
@@ -118,6 +120,7 @@ class VLoRAMetaForCausalLM:
         Only images that a row shows are encoded. In training at least one is, so that on every rank each
         parameter of the generator takes part.
         """
+        images = images[None] if isinstance(images, Tensor) and images.ndim == 3 else images
         rows, size = has_image.nonzero().flatten(), len(has_image)
         if len(images) not in (size, len(rows)):
             raise PromptError(
