@@ -157,7 +157,9 @@ def training_command(settings: Settings, folder: RunFolder, model: str, stage: S
     }
     if settings.device == "cpu":
         flags["use_cpu"] = True
-    command = [sys.executable, "-m", "llava_vlora.run", "llava.train.train"]
+    # The trainer draws a new projector before it reads its own --seed, so the launcher seeds first.
+    command = [sys.executable, "-m", "llava_vlora.run", "--seed", str(settings.seed)]
+    command.append("llava.train.train")
     return command + [part for name, value in flags.items() for part in (f"--{name}", str(value))]
 
 
