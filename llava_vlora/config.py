@@ -61,10 +61,13 @@ class VLoRAConfig:
                 f"vlora_dim {self.dim} is not a multiple of vlora_heads {self.heads}; "
                 "choose a width that the attention heads divide."
             )
-        if self.alpha is not None and not self.alpha > 0:
+        if self.alpha is not None and not (_is_number(self.alpha) and self.alpha > 0):
             raise ConfigError(f"vlora_alpha must be positive or absent, not {self.alpha!r}.")
-        unknown = [letter for letter in self.types if letter not in TARGET_LETTERS]
-        if unknown or not self.types or len(set(self.types)) != len(self.types):
+        if not isinstance(self.separate, bool):  # the text "False" would count as true
+            raise ConfigError(f"weights_sep must be True or False, not {self.separate!r}.")
+        letters = self.types if isinstance(self.types, str) else ""
+        unknown = [letter for letter in letters if letter not in TARGET_LETTERS]
+        if unknown or not letters or len(set(letters)) != len(letters):
             reason = f"unknown {listing(unknown)}" if unknown else "empty or with a repeated letter"
             raise ConfigError(
                 f"vlora_type {self.types!r} is {reason}; "
@@ -162,12 +165,19 @@ _SHAPE_KEYS = ("vlora_dim", "vlora_depth", "vlora_rank", "vlora_type", "weights_
 assert set(_KEYS) == {field.name for field in fields(VLoRAConfig)}
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def parse_layers(value: str | list[int] | tuple[int, ...]) -> tuple[int, ...]:
     """Read ``"3,7,11"`` or a list of numbers as a tuple of layer indices."""
     items = value.split(",") if isinstance(value, str) else value
     try:
-        return tuple(int(item) for item in items)
-    except ValueError:
+        numbers = tuple(int(item) for item in items)
+        if not isinstance(value, str) and list(numbers) != list(value):
+            raise ValueError  # a fraction
+        return numbers
+    except (TypeError, ValueError):
         raise ConfigError(
             f"vlora_layers {value!r} is not a list of layers such as 3,7,11 (counted from zero)."
         ) from None
