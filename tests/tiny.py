@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 import torch
@@ -19,7 +20,12 @@ from transformers import (
 )
 
 IMAGE_SIZE, PATCH = 56, 14
-COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 70, 220), "white": (240, 240, 240)}
+COLOURS = {
+    "red": (220, 30, 30),
+    "green": (30, 180, 60),
+    "blue": (40, 70, 220),
+    "white": (240, 240, 240),
+}
 
 #: Flags of a generator that fits the tiny models.
 VLORA_FLAGS = {
@@ -31,12 +37,16 @@ VLORA_FLAGS = {
 }
 
 
-def make_tokenizer(folder: Path) -> None:
-    """A sentencepiece tokenizer with LLaVA's special ids, saved as Llama's."""
+def make_tokenizer(folder: Path) -> int:
+    """A sentencepiece tokenizer with LLaVA's special ids, saved as Llama's; returns the number of tokens."""
     words = "A chat between a curious user and an artificial intelligence assistant The assistant gives helpful "
     words += "detailed and polite answers to the user's questions USER ASSISTANT What colour is the image How many "
     text = folder / "corpus.txt"
-    text.write_text("\n".join([words + " ".join(COLOURS)] * 50) + "\n" + "abcdefghijklmnopqrstuvwxyz .,:?!'#<>/\n" * 50)
+    text.write_text(
+        "\n".join([words + " ".join(COLOURS)] * 50)
+        + "\n"
+        + "abcdefghijklmnopqrstuvwxyz .,:?!'#<>/\n" * 50
+    )
     sentencepiece.SentencePieceTrainer.train(
         input=str(text),
         model_prefix=str(folder / "tokenizer"),
@@ -59,14 +69,14 @@ def make_tokenizer(folder: Path) -> None:
         "model_max_length": 512,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return len(sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model")))
 
 
 def make_llm(folder: Path, family: str = "llama", kv_heads: int = 4, layers: int = 4) -> Path:
     """A random decoder-only model with its tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
-    make_tokenizer(folder)
     sizes = dict(
-        vocab_size=160,
+        vocab_size=make_tokenizer(folder),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=layers,
@@ -169,3 +179,35 @@ def training_command(
         flags.update(VLORA_FLAGS)
     flags.update(more)
     return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+
+
+def make_vlora(llm: Path, tower: Path, **settings: object) -> Any:
+    """A VLoRA model made as LLaVA's trainer makes it, whose generator is noise in which images matter."""
+    train = trainer()
+    arguments = train.ModelArguments(
+        model_name_or_path=str(llm),
+        vision_tower=str(tower),
+        mm_vision_select_layer=-2,
+        mm_projector_type="vlora",
+        mm_use_im_patch_token=False,
+        **{**VLORA_FLAGS, **settings},
+    )
+    model = train.LlavaLlamaForCausalLM.from_pretrained(str(llm))
+    model.get_model().initialize_vision_modules(arguments)
+    model.config.mm_use_im_start_end = model.config.mm_use_im_patch_token = False
+    model.get_vision_tower().float()
+    torch.manual_seed(2)
+    for name, parameter in model.generator.named_parameters():
+        if parameter.ndim > 1 and "queries" not in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def trainer() -> Any:
+    """The module ``llava.train.train`` with the plugin registered."""
+    from llava_vlora.integration.registration import register
+
+    assert register().training is None
+    from llava.train import train
+
+    return train

@@ -1,0 +1,124 @@
+"""LLaVA in processes of its own, on this stack (versions of transformers and so on) or on the other one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import transformers
+
+REPO = Path(__file__).parents[1]
+
+# Imports take most of a short run's time, so they are done once and each command runs in a fork.
+_FORKS = """
+import json, os, sys, traceback
+from llava_vlora import run
+from llava_vlora.integration.registration import register
+register()
+for arguments, log in json.loads(sys.argv[1]):
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        for stream in (1, 2):
+            os.dup2(os.open(f"{log}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        code = 1
+        try:
+            code = run.main(arguments)
+        except SystemExit as end:
+            code = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A command that has ended."""
+
+    code: int
+    output: str
+    errors: str
+
+    def losses(self) -> list[float]:
+        """The losses that a training run logged, in order."""
+        lines = [line for line in self.output.splitlines() if line.startswith("{'loss'")]
+        return [float(line.split("'loss': ")[1].split(",")[0].strip("'")) for line in lines]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """The environment of a child that imports this checkout and computes the same each time."""
+    path = os.pathsep.join(filter(None, (str(REPO), os.environ.get("PYTHONPATH"))))
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
+    return {**os.environ, **quiet, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
+
+
+def run_python(
+    *arguments: object,
+    python: str | Path = sys.executable,
+    stdin: str = "",
+    cwd: Path | None = None,
+    **more: str,
+) -> Finished:
+    """Run the interpreter and wait for it; ``more`` are environment variables."""
+    command = [str(python), "-W", "ignore", *map(str, arguments)]
+    done = subprocess.run(
+        command,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        env=environment(**more),
+        cwd=cwd,
+        timeout=300,
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def run_module(*arguments: object, stdin: str = "", cwd: Path | None = None) -> Finished:
+    """Run a LLaVA module under the launcher."""
+    return run_python("-m", "llava_vlora.run", *arguments, stdin=stdin, cwd=cwd)
+
+
+def run_modules(commands: Mapping[str, Sequence[object]], logs: Path) -> dict[str, Finished]:
+    """Run LLaVA modules under the launcher one after the other, each in a process of its own.
+
+    Args:
+        commands: The launcher's arguments by a name.
+        logs: Existing folder for what they print.
+    """
+    jobs = [([str(a) for a in command], str(logs / name)) for name, command in commands.items()]
+    forks = run_python("-c", _FORKS, json.dumps(jobs))
+    assert forks.code == 0, forks.errors
+    return {
+        name: Finished(int(code), *(Path(f"{log}.{i}").read_text() for i in (1, 2)))
+        for name, code, (_, log) in zip(commands, forks.output.split(), jobs, strict=True)
+    }
+
+
+def succeeded(finished: Mapping[str, Finished]) -> Mapping[str, Finished]:
+    """The same commands, none of which failed."""
+    for name, one in finished.items():
+        assert one.code == 0, f"{name}:\n{one.output[-2000:]}\n{one.errors[-6000:]}"
+    return finished
+
+
+def other_python() -> str:
+    """The interpreter of the other stack; skips the test where there is none."""
+    named = os.environ.get("LLAVA_VLORA_OTHER_PYTHON")
+    candidates = [named] if named else map(str, sorted(REPO.glob(".venv*/bin/python")))
+    for python in candidates:
+        found = run_python(
+            "-c", "import transformers; print(transformers.__version__)", python=python
+        )
+        if found.code == 0 and found.output.strip() != transformers.__version__:
+            return python
+    pytest.skip("no other stack here: run scripts/setup.sh pinned, or set LLAVA_VLORA_OTHER_PYTHON")
