@@ -157,8 +157,8 @@ class PerceptualWeights:
         """Write one safetensors file with a format version."""
         from safetensors.torch import save_file
 
-        tensors = {
-            f"{t}.{side}": getattr(f, side).contiguous()
+        tensors = {  # copies: safetensors refuses views that share memory
+            f"{t}.{side}": getattr(f, side).clone(memory_format=torch.contiguous_format)
             for t, f in self.factors.items()
             for side in "ab"
         }
@@ -188,8 +188,11 @@ class PerceptualWeights:
                 f"{path} is not a file of perceptual weights of version {_VERSION} "
                 f"(format {header.get('format')!r}, version {header.get('version')!r})."
             )
-        factors = {t: Factors(tensors[f"{t}.a"], tensors[f"{t}.b"]) for t in header["types"]}
-        return cls(factors, tuple(json.loads(header["layers"])), tensors["present"])
+        try:
+            factors = {t: Factors(tensors[f"{t}.a"], tensors[f"{t}.b"]) for t in header["types"]}
+            return cls(factors, tuple(json.loads(header["layers"])), tensors["present"])
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(f"{path} is incomplete or damaged: {error}.") from error
 
     def _rows(self, function: Callable[[Tensor], Tensor]) -> PerceptualWeights:
         """Apply ``function`` to the row dimension of what differs between images."""
