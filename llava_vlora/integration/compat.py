@@ -56,11 +56,7 @@ def cast_image_features() -> bool:
     @functools.wraps(stock)
     def encode_images(self: Any, images: Any) -> Any:
         weight = next(self.get_model().mm_projector.parameters(), None)
-        if (
-            isinstance(images, Tensor)
-            and weight is not None
-            and not torch.is_autocast_enabled(images.device.type)
-        ):
+        if isinstance(images, Tensor) and weight is not None:
             images = images.to(weight.dtype)
         return stock(self, images)
 
