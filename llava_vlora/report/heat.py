@@ -55,10 +55,9 @@ def mean_over_types(look: Sequence[Sequence[Sequence[float]]]) -> list[list[floa
     ]
 
 
-def concentration(attention: Sequence[float]) -> float:
-    """How far attention is from even: 0 for all patches alike, 1 for a single patch."""
-    entropy = -sum(value * math.log(value) for value in attention if value > 0)
-    return 1 - entropy / math.log(len(attention)) if len(attention) > 1 else 0.0
+def peak_over_even(attention: Sequence[float]) -> float:
+    """Largest share of a patch relative to even attention: 1 where all patches are alike."""
+    return max(attention) * len(attention) / (sum(attention) or 1.0)
 
 
 def png_uri(image: Image.Image) -> str:

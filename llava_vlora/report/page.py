@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from ..evaluation.scoring import OVERALL
 from .collect import Report, findings, format_p
-from .heat import heat_uri, image_uri, mean_over_types
+from .heat import heat_uri, image_uri, mean_over_types, peak_over_even
+from .markup import CSS, figure, table
 from .plots import added_memory
-from .style import CSS
 
 _NAMES = {"llava": "LLaVA", "vlora": "VLoRA", "blind": "Blind"}
 
@@ -53,7 +52,9 @@ def _header(report: Report) -> str:
         _tile("FLOPs to the first token", {n: _flops(m) for n, m in models.items()}),
         _tile("Time to the first token", {n: _first(m) for n, m in models.items()}),
     ]
-    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in findings(report))
+    items = "".join(
+        f"<li>{escape(sentence).replace(' -', ' &minus;')}</li>" for sentence in findings(report)
+    )
     return (
         "<h1>LLaVA and VLoRA, trained side by side</h1>"
         f'<p class="soft">SceneQA size {escape(data["size"])}, seed {settings["seed"]}: '
@@ -91,8 +92,8 @@ def _accuracy(report: Report, plot: Path) -> str:
     tests = [
         [
             f"{_NAMES[pair['first']]} &minus; {_NAMES[pair['second']]}",
-            f"{100 * pair['difference']:+.1f}",
-            f"{100 * pair['interval']['low']:+.1f} to {100 * pair['interval']['high']:+.1f}",
+            _points(pair["difference"]),
+            f"{_points(pair['interval']['low'])} to {_points(pair['interval']['high'])}",
             str(pair["test"]["only_first"]),
             str(pair["test"]["only_second"]),
             escape(format_p(pair["test"]["p_value"]).removeprefix("= ")),
@@ -105,12 +106,16 @@ def _accuracy(report: Report, plot: Path) -> str:
         "aside). Blind is the trained LLaVA model without the image. Brackets: Wilson 95 % "
         "intervals. Best guess unseen: for each question the answer that its wording has most "
         "often in the training set.</p>"
-        + _figure(plot, "Accuracy by question type with 95 % intervals.")
-        + _table(head, rows)
+        + figure(plot, "Accuracy by question type with 95 % intervals.")
+        + table(head, rows)
         + "<p>Paired comparison on all questions. The interval resamples images, because questions "
         "about one image depend on each other; p is of the exact McNemar test, which takes "
-        "questions as independent.</p>" + _table([*pair_head, "p"], tests) + _pope(report)
+        "questions as independent.</p>" + table([*pair_head, "p"], tests) + _pope(report)
     )
+
+
+def _points(difference: float) -> str:
+    return f"{100 * difference:+.1f}".replace("-", "&minus;")
 
 
 def _share(row: Mapping[str, Any]) -> str:
@@ -126,15 +131,15 @@ def _pope(report: Report) -> str:
     ]
     never = [_NAMES[name] for name, score in report["pope"].items() if score["precision"] is None]
     note = (
-        f" {' and '.join(never)} had no precision or recall that the scorer could compute: it "
-        "divides by zero where no question, or no question with the label yes, is answered yes."
+        f" It computes no precision or recall for {', '.join(never)}: it divides by zero where no "
+        "question, or none with the label yes, is answered yes."
         if never
         else ""
     )
     head = ["LLaVA's POPE scorer", "Accuracy", "Precision", "Recall", "F1", "Says yes"]
     return (
         "<p>The existence questions once more, by the POPE scorer that LLaVA ships, run as it is."
-        f"{note}</p>" + _table(head, rows)
+        f"{note}</p>" + table(head, rows)
     )
 
 
@@ -166,10 +171,10 @@ def _cost(report: Report, plot: Path) -> str:
     return (
         f"<h2>Cost of an answer</h2><p>The question &ldquo;{escape(report['cost']['question'])}"
         f"&rdquo; and its image, on {escape(machine['device'])} with {machine['threads']} "
-        "thread(s). Times are medians of turns that alternate between the models, with the fastest "
+        "thread(s), batch of one. Times are medians of turns that alternate between the models, with the fastest "
         "and the slowest in brackets. The perceptual weights are applied unmerged.</p>"
-        + _figure(plot, "Cost of answering one question; the FLOPs bar shows its parts.")
-        + _table(["", *(_NAMES[name] for name in models)], rows)
+        + figure(plot, "Cost of answering one question; the FLOPs bar shows its parts.")
+        + table(["", *(_NAMES[name] for name in models)], rows)
         + f'<p class="soft">FLOPs: {escape(report["cost"]["convention"])}.</p>'
     )
 
@@ -210,8 +215,8 @@ def _released(report: Report, plot: Path) -> str:
         "token with CLIP ViT-L/14, Vicuna 7B and VLoRA's published settings (width 512, 8 blocks, "
         f"rank 64, every 4th layer) for {report['released']['text_tokens']} text tokens. The demo's "
         "models are too small to show this saving; accuracy at full size is not tested here.</p>"
-        + _figure(plot, "FLOPs to the first token against the number of image patches.")
-        + _table(head, rows)
+        + figure(plot, "FLOPs to the first token against the number of image patches.")
+        + table(head, rows)
     )
 
 
@@ -230,10 +235,10 @@ def _training(report: Report, plot: Path) -> str:
     parallel = report["run"]["settings"]["parallel"] > 1
     note = " The two trainings shared the machine." if parallel else ""
     return (
-        "<h2>Training</h2><p>LLaVA's own trainer, both models on the same samples in the same "
-        f"order.{note}</p>"
-        + _figure(plot, "Training loss.")
-        + _table(["", "Steps", "Last loss", "Time", "Samples a second"], rows)
+        "<h2>Training</h2><p>LLaVA's own trainer, both models on the same data with the same "
+        f"seed.{note}</p>"
+        + figure(plot, "Training loss.")
+        + table(["", "Steps", "Last loss", "Time", "Samples a second"], rows)
     )
 
 
@@ -244,8 +249,8 @@ def _samples(report: Report, images: Path) -> str:
         "<h2>Answers and where the generator looked</h2><p>Drawn by chance before any answer was "
         "known, every question type in turn. The small maps show, for each injected layer, the "
         "generator's cross-attention to the image patches: mean over blocks, heads and weight "
-        "types, scaled to the largest patch of each map. The generator does not see the question."
-        f'</p><div class="samples">{cards}</div>'
+        "types. Dark is no attention, the brightest patch has as many times an even share as its "
+        f'caption says. The generator does not see the question.</p><div class="samples">{cards}</div>'
     )
 
 
@@ -258,7 +263,7 @@ def _sample(row: Mapping[str, Any], layers: Sequence[int], images: Path) -> str:
     )
     looks = "".join(
         f'<figure><img src="{heat_uri(path, attention)}" alt="attention">'
-        f"<figcaption>layer {layer}</figcaption></figure>"
+        f"<figcaption>layer {layer}: {peak_over_even(attention):.1f}&times;</figcaption></figure>"
         for layer, attention in zip(layers, mean_over_types(row["look"]), strict=True)
     )
     return (
@@ -288,18 +293,3 @@ def _details(report: Report) -> str:
         f"</p><table><tbody>{versions}</tbody></table>"
         f"<details><summary>Training commands</summary><pre>{escape(commands)}</pre></details>"
     )
-
-
-def _figure(plot: Path, caption: str) -> str:
-    data = base64.b64encode(plot.read_bytes()).decode("ascii")
-    return (
-        f'<figure><img src="data:image/png;base64,{data}" alt="{escape(caption)}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
-
-
-def _table(head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of cells that are HTML already."""
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"

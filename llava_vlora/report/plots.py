@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .collect import Report
 
@@ -48,7 +49,15 @@ def accuracy_plot(report: Report) -> Figure:
     axes.axvline(len(categories) - 1.5, color=_GRID, lw=1.5)
     axes.set_ylabel("Exact match, %")
     axes.set_ylim(0, 105)
-    figure.legend(loc="outside upper center", ncols=4, frameon=False)
+    handles, labels = axes.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda i: labels[i] == "Chance")
+    figure.legend(
+        [handles[i] for i in order],
+        [labels[i] for i in order],
+        loc="outside upper center",
+        ncols=4,
+        frameon=False,
+    )
     return figure
 
 
@@ -61,6 +70,7 @@ def loss_plot(report: Report) -> Figure:
             axes.plot(steps, losses, color=COLORS[model], label=NAMES[model], lw=1.6)
         axes.set_title(title, loc="left")
         axes.set_xlabel("Step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("Loss")
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False)

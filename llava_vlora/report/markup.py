@@ -1,4 +1,11 @@
-"""The look of a report: system fonts, light background, nothing loaded from elsewhere."""
+"""The look of a report and its recurring elements; nothing is loaded from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
 
 CSS = """
 :root { --ink: #1f2933; --soft: #616e7c; --line: #e4e7eb; --tint: #f5f7fa;
@@ -32,9 +39,12 @@ td small { white-space: nowrap; }
 .sample > div { display: flex; gap: 14px; }
 .sample img { width: 112px; height: 112px; border-radius: 4px; flex: none; }
 .sample p { margin: 0 0 6px; } .sample table { margin: 0; font-size: 13px; }
-.sample td { padding: 2px 6px; border: 0; text-align: left; }
-.looks { display: flex; flex-wrap: wrap; gap: 8px; margin-top: 10px; }
-.looks figure { margin: 0; } .sample .looks img { width: 76px; height: 76px; }
+.sample td, .sample tbody tr:last-child td { padding: 2px 6px 2px 0; border: 0;
+        text-align: left; }
+.sample td:first-child { width: 5em; }
+.sample > div > div { flex: 1; }
+.sample .looks { flex-wrap: wrap; gap: 10px; margin-top: 10px; }
+.looks figure { margin: 0; } .sample .looks img { width: 104px; height: 104px; }
 .looks figcaption { font-size: 11.5px; text-align: center; }
 .yes::after { content: " \\2713"; } .no::after { content: " \\2717"; }
 .no { color: #9b1c1c; }
@@ -44,3 +54,19 @@ details { margin: 8px 0; } summary { cursor: pointer; }
 @media (max-width: 800px) { .tiles, .samples { grid-template-columns: 1fr 1fr; } }
 @media (max-width: 560px) { .tiles, .samples { grid-template-columns: 1fr; } }
 """
+
+
+def figure(plot: Path, caption: str) -> str:
+    """A PNG file with its caption, embedded."""
+    data = base64.b64encode(plot.read_bytes()).decode("ascii")
+    return (
+        f'<figure><img src="data:image/png;base64,{data}" alt="{escape(caption)}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def table(head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of cells that are HTML already."""
+    top = "".join(f"<th>{cell}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows)
+    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
