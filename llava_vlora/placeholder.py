@@ -5,6 +5,7 @@ Shapes: B rows, N tokens with slots, M tokens without.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,35 +65,19 @@ def drop_slots(
         PromptError: A row has two slots, or a tensor has another shape.
     """
     slots = input_ids == IMAGE_TOKEN_INDEX
-    counts = slots.sum(1)
-    if bool((counts > 1).any()):
-        row = int(counts.argmax())
-        raise PromptError(
-            f"Row {row} has {int(counts[row])} <image> slots. A VLoRA model sees one image in a prompt: "
-            "remove the other <image>, or ask about one image at a time."
-        )
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    for name, tensor in (("attention_mask", mask), ("labels", labels)):
-        if tensor is not None and tensor.shape != input_ids.shape:
-            raise PromptError(
-                f"{name} has shape {tuple(tensor.shape)}, but input_ids {tuple(input_ids.shape)}."
-            )
+    _check(slots, {"attention_mask": mask, "labels": labels, "position_ids": position_ids})
+    counts = slots.sum(1)
     behind = slots.long().cumsum(1)  # 1 from the slot on
-    positions = token_positions(mask) if position_ids is None else position_ids.expand_as(input_ids)
+    if position_ids is None:  # a slot counts even where the caller's mask hides it
+        positions = token_positions(mask.bool() | slots)
+    else:
+        positions = position_ids.expand_as(input_ids)
     if rule == "contiguous":
         positions = positions - behind
 
     real = mask.bool() & ~slots
-    if side == "left":
-        order = real.long().argsort(dim=1, stable=True)
-        cut = slice(int((~real).sum(1).min()), None)
-    elif _padded_left(mask):
-        order = (~slots).long().argsort(dim=1, stable=True)
-        cut = slice(int(counts.min()), None)
-    else:
-        order = slots.long().argsort(dim=1, stable=True)
-        cut = slice(None, input_ids.shape[1] - int(counts.min()))
-    order = order[:, cut]
+    order = _token_order(slots, mask, real, side)
 
     def take(tensor: Tensor, hole: int) -> Tensor:
         return tensor.masked_fill(slots, hole).gather(1, order)
@@ -110,8 +95,38 @@ def drop_slots(
     )
 
 
+def _check(slots: Tensor, given: Mapping[str, Tensor | None]) -> None:
+    counts = slots.sum(1)
+    if bool((counts > 1).any()):
+        row = int(counts.argmax())
+        raise PromptError(
+            f"Row {row} has {int(counts[row])} <image> slots. A VLoRA model sees one image in a prompt: "
+            "remove the other <image>, or ask about one image at a time."
+        )
+    for name, tensor in given.items():
+        if tensor is None or tensor.shape == slots.shape:
+            continue
+        if name != "position_ids" or tensor.shape != (1, slots.shape[1]):
+            raise PromptError(
+                f"{name} has shape {tuple(tensor.shape)}, but input_ids {tuple(slots.shape)}."
+            )
+
+
+def _token_order(
+    slots: Tensor, mask: Tensor, real: Tensor, side: Literal["keep", "left"]
+) -> Tensor:
+    """Columns ``[B, M]`` in their new order: slots and padding moved to one side and cut where every row allows."""
+    if side == "left":
+        order = real.long().argsort(dim=1, stable=True)
+        return order[:, int((~real).sum(1).min()) :]
+    fewest = int(slots.sum(1).min())
+    if _padded_left(mask):
+        return (~slots).long().argsort(dim=1, stable=True)[:, fewest:]
+    return slots.long().argsort(dim=1, stable=True)[:, : slots.shape[1] - fewest]
+
+
 def token_positions(attention_mask: Tensor) -> Tensor:
-    """Positions ``[B, N]`` that count the tokens of each row from zero; padding gets zero."""
+    """Positions ``[B, N]`` that count the tokens of each row from zero; padding repeats the one before it, or zero."""
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
 
