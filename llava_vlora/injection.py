@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from .decoder import TARGETS, decoder_layers
-from .errors import WeightsError
+from .errors import ConfigError, WeightsError
 from .weights import PerceptualWeights
 
 _Place = tuple[str, int]  # weight type, decoder layer
@@ -48,8 +48,15 @@ def seeing(model: nn.Module, weights: PerceptualWeights, *, expand: bool = False
             does it (beam search, several return sequences).
 
     Raises:
+        ConfigError: ``pretraining_tp`` is set, which would bypass the injected modules.
         WeightsError: The weights do not fit the decoder; or, from inside a call, the input batch.
     """
+    slices = getattr(getattr(model, "config", None), "pretraining_tp", 1)
+    if slices != 1:
+        raise ConfigError(
+            f"pretraining_tp is {slices}: transformers then computes projections in slices that bypass their "
+            "modules, and the image would be ignored. Set config.pretraining_tp to 1; the results are the same."
+        )
     layers = decoder_layers(model)
     _check_fit(layers, weights)
     with ExitStack() as stack:

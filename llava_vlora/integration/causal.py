@@ -172,14 +172,8 @@ class VLoRAMetaForCausalLM:
 
         Raises:
             PromptError: Images and slots do not go together.
-            ConfigError: ``pretraining_tp`` is set, which would bypass the injected modules.
+            ConfigError: There is an image, and ``pretraining_tp`` is set, which would bypass the injected modules.
         """
-        if getattr(self.config, "pretraining_tp", 1) != 1:
-            raise ConfigError(
-                f"pretraining_tp is {self.config.pretraining_tp}: transformers then computes projections in "
-                "slices that bypass their modules, and the image would be ignored. Set config.pretraining_tp "
-                "to 1; the results are the same."
-            )
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
