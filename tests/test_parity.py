@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 import llava_vlora
 from llava_vlora.decoder import TARGETS, decoder_layers
-from llava_vlora.errors import ConfigError
 from llava_vlora.placeholder import IMAGE_TOKEN_INDEX
 
 FOLDER = Path(__file__).parent / "data" / "official_vlora_tiny" / "qkvom_every2"
@@ -208,15 +207,6 @@ def test_text_only_call_is_the_base_model(model: Any, expected: dict[str, Tensor
         plain = model.base_class.forward(model, ids).logits
     assert torch.equal(alone, plain)
     torch.testing.assert_close(beside, plain, rtol=0, atol=1e-6)
-
-
-def test_pretraining_tp_is_refused_instead_of_ignoring_the_image(
-    expected: dict[str, Tensor],
-) -> None:
-    model = load_model()
-    model.config.pretraining_tp = 2
-    with pytest.raises(ConfigError, match="pretraining_tp is 2"):
-        model(expected["input_ids"], images=expected["images"])
 
 
 def test_decoded_tokens_keep_their_training_positions(
