@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from ..config import DERIVED_KEYS, VLoRAConfig, check_derived
 from ..errors import ConfigError, UnsupportedDecoderError, listing
 from .checkpoint import is_vlora, load_projector, read_json, read_tensors
+from .data_errors import name_data_errors
 from .meta_model import VLoRAMetaModel
 from .modeling import LlavaVLoRALlamaForCausalLM, LlavaVLoRAMistralForCausalLM
 
@@ -89,7 +90,7 @@ class _Request:
 
 
 def patch_training(train: ModuleType) -> None:
-    """Give ``llava.train.train`` the flags and the choice of class. Idempotent."""
+    """Give ``llava.train.train`` the flags, the choice of class and named data errors. Idempotent."""
     if issubclass(train.ModelArguments, VLoRAArguments):
         return
     stock_arguments, stock_class = train.ModelArguments, train.LlavaLlamaForCausalLM
@@ -104,6 +105,7 @@ def patch_training(train: ModuleType) -> None:
 
     train.ModelArguments = ModelArguments  # type: ignore[attr-defined]
     train.LlavaLlamaForCausalLM = _ChosenClass(stock_class)  # type: ignore[attr-defined]
+    name_data_errors(train)
     _patch_vision_dtype()
 
 
