@@ -144,7 +144,7 @@ def make_data(folder: Path, samples: int = 16) -> Path:
 def training_command(
     stage: str, llm: Path, tower: Path, data: Path, out: Path, projector: str, **more: object
 ) -> list[str]:
-    """LLaVA's command line for a short run on the CPU, after ``llava.train.train``."""
+    """LLaVA's command line for a short run on the CPU; a flag that is None is left out."""
     flags: dict[str, object] = {
         "model_name_or_path": llm,
         "version": "plain" if stage == "pretrain" else "v1",
@@ -178,7 +178,8 @@ def training_command(
     if projector == "vlora":
         flags.update(VLORA_FLAGS)
     flags.update(more)
-    return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    given = {name: value for name, value in flags.items() if value is not None}
+    return [part for name, value in given.items() for part in (f"--{name}", str(value))]
 
 
 def make_vlora(llm: Path, tower: Path, **settings: object) -> Any:

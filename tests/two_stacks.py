@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -11,9 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
+from tests.tiny import VLORA_FLAGS, make_vlora, training_command
+
 REPO = Path(__file__).parents[1]
+#: Enough steps for a loss to fall.
+RUN = {"max_steps": 8, "save_steps": 4, "learning_rate": 2e-3}
 
 # Imports take most of a short run's time, so they are done once and each command runs in a fork.
 _FORKS = """
@@ -109,6 +115,60 @@ def succeeded(finished: Mapping[str, Finished]) -> Mapping[str, Finished]:
     for name, one in finished.items():
         assert one.code == 0, f"{name}:\n{one.output[-2000:]}\n{one.errors[-6000:]}"
     return finished
+
+
+@functools.cache
+def train_all(llm: Path, tower: Path, data: Path) -> Mapping[str, Finished]:
+    """LLaVA's recipe for both projectors: runs ``vlora-pretrain``, ``vlora-finetune``, ``vlora-lora``, ``mlp-...``.
+
+    Each leaves a checkpoint in :func:`trained`. VLoRA starts from noise, so that images matter at once, and only
+    its first stage is given the VLoRA flags.
+    """
+    root = trained(data)
+    noise = root / "noise"
+    noise.mkdir(parents=True)
+    model = make_vlora(llm, tower)
+    state = {f"model.mm_projector.{k}": v for k, v in model.generator.state_dict().items()}
+    torch.save(state, noise / "mm_projector.bin")
+    commands = {}
+    for short, projector in (("vlora", "vlora"), ("mlp", "mlp2x_gelu")):
+        first, then = root / f"{short}-pretrain", root / f"{short}-pretrain" / "mm_projector.bin"
+        start = noise / "mm_projector.bin" if short == "vlora" else None
+        unsaid = dict.fromkeys(VLORA_FLAGS)
+        commands[f"{short}-pretrain"] = training_command(
+            "pretrain", llm, tower, data, first, projector, pretrain_mm_mlp_adapter=start, **RUN
+        )
+        commands[f"{short}-finetune"] = training_command(
+            "finetune",
+            llm,
+            tower,
+            data,
+            root / f"{short}-finetune",
+            projector,
+            pretrain_mm_mlp_adapter=then,
+            **RUN,
+            **unsaid,
+        )
+        commands[f"{short}-lora"] = training_command(
+            "finetune",
+            llm,
+            tower,
+            data,
+            root / f"{short}-lora",
+            projector,
+            pretrain_mm_mlp_adapter=then,
+            lora_enable=True,
+            lora_r=4,
+            mm_projector_lr=2e-3,
+            **RUN,
+            **unsaid,
+        )
+    return succeeded(run_modules({n: ["llava.train.train", *c] for n, c in commands.items()}, root))
+
+
+def trained(data: Path) -> Path:
+    """The folder of the checkpoints of :func:`train_all`."""
+    return data.parent / f"trained-on-{data.name}"
 
 
 def other_python() -> str:
