@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -121,14 +122,17 @@ class Demo:
         )
 
     def _score_pope(self) -> None:
-        files = self.folder.files
-        scores = {}
         with progress_bar(self.console) as progress:
-            for name in progress.track(plan.ANSWERS, description="POPE scorer"):
-                score = pope_score(
-                    files.pope_questions, files.pope_annotations, self.folder.answers(name)
-                )
-                scores[name] = asdict(score)
+            task = progress.add_task("POPE scorer", total=len(plan.ANSWERS))
+
+            def scored(name: str) -> dict[str, object]:
+                files, answers = self.folder.files, self.folder.answers(name)
+                score = pope_score(files.pope_questions, files.pope_annotations, answers)
+                progress.advance(task)
+                return asdict(score)
+
+            with ThreadPoolExecutor(self.settings.parallel) as pool:
+                scores = dict(zip(plan.ANSWERS, pool.map(scored, plan.ANSWERS), strict=True))
         write_json(self.folder.pope, scores)
 
     def _measure(self, questions: list[Question]) -> None:
