@@ -42,7 +42,7 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """Complete description in reading order, such as ``red circle a1, blue 7 c4.``"""
+        """Complete description in reading order, such as ``red circle a1, blue 7 c4``."""
         return ", ".join(f"{o.color} {o.kind} {o.cell}" for o in self.objects) + "."
 
     @cached_property
