@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, listing
+from ..errors import CheckpointError, VLoRAError, listing
 
 _WEIGHT_FILES = (
     "model.safetensors",
@@ -53,6 +54,8 @@ class Checkpoint:
             CheckpointError: None was given and the adapter names none that exists.
         """
         if given is not None:
+            if Path(given).expanduser().is_absolute() and not Path(given).expanduser().is_dir():
+                raise CheckpointError(f"There is no model base folder {given}.")
             return given
         if self.kind == "lora":
             named = read_json(self.path / ADAPTER_FILE).get("base_model_name_or_path")
@@ -183,9 +186,15 @@ def locate_vision_tower(config: Any, path: str | Path) -> Any:
     if name is None or Path(name).exists():
         return config
     for folder in (Path(path), Path(path).parent):
-        if (folder / name / "config.json").is_file():
-            config.mm_vision_tower = str(folder / name)
-            return config
+        for relative in (name, Path(name).name):
+            if (folder / relative / "config.json").is_file():
+                config.mm_vision_tower = str(folder / relative)
+                return config
+    if Path(name).is_absolute():
+        raise CheckpointError(
+            f"{path} needs the vision tower {name}, which is not there; put the folder back, put it "
+            f"beside {path}, or correct mm_vision_tower in its config.json."
+        )
     return config
 
 
@@ -196,21 +205,16 @@ def load_checked(load: Callable[..., Any], path: str | Path, *args: Any, **kwarg
         CheckpointError: The checkpoint lacks weights of its own model, or has some of another shape.
     """
     wants_info = kwargs.pop("output_loading_info", False)
-    try:
-        with _quiet():
-            model, info = load(path, *args, output_loading_info=True, **kwargs)
-    except RuntimeError as error:
-        if "size mismatch" not in str(error) and "shape" not in str(error):
-            raise
-        raise CheckpointError(f"{path} does not fit its own config.json: {error}") from error
+    with _named_errors(path), _quiet():
+        model, info = load(path, *args, output_loading_info=True, **kwargs)
     file = Path(path) / "config.json"
-    own_projector = file.is_file() and is_vlora(read_json(file))
+    config = read_json(file) if file.is_file() else {}
     lacking = [
         name
         for name in info["missing_keys"]
-        if _essential(name) and (own_projector or not _projector(name))
+        if _essential(name) and ("mm_projector_type" in config or not _projector(name))
     ]
-    surplus = [name for name in info["unexpected_keys"] if _projector(name) and own_projector]
+    surplus = [name for name in info["unexpected_keys"] if _projector(name) and is_vlora(config)]
     wrong = [*map(str, info["mismatched_keys"])]
     if lacking or surplus or wrong:
         problem = [
@@ -226,6 +230,26 @@ def load_checked(load: Callable[..., Any], path: str | Path, *args: Any, **kwarg
             f"{path} is not complete: {', '.join(problem)}. Its weights and config.json disagree."
         )
     return (model, info) if wants_info else model
+
+
+@contextmanager
+def _named_errors(path: str | Path) -> Iterator[None]:
+    """Turn what transformers raises for damaged or misfitting weights into ``CheckpointError``."""
+    try:
+        yield
+    except VLoRAError:
+        raise
+    except (OSError, SafetensorError) as error:
+        files = [name for name in _WEIGHT_FILES if (Path(path) / name).is_file()]
+        raise CheckpointError(
+            f"{path} cannot be loaded; {listing(files) or 'its weights'} may be truncated: {error}"
+        ) from error
+    except (RuntimeError, ValueError) as error:  # which one depends on transformers' version
+        if "size mismatch" not in str(error) and "shape" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{path} does not fit its own config.json (sizes such as vlora_dim): {error}"
+        ) from error
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMi
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from ..errors import CheckpointError, ConfigError
+from .adapter import apply_adapter
 from .checkpoint import (
     NON_LORA_FILE,
     PROJECTOR_FILE,
@@ -116,8 +117,6 @@ def _load_multimodal(
 
 
 def _merge_lora(checkpoint: Checkpoint, model: Any) -> Any:
-    from peft import PeftModel
-
     tensors = read_tensors(checkpoint.path / NON_LORA_FILE)
     load_projector(model.get_model().mm_projector, tensors, checkpoint.path / NON_LORA_FILE)
     rest = {
@@ -128,7 +127,7 @@ def _merge_lora(checkpoint: Checkpoint, model: Any) -> Any:
         raise CheckpointError(
             f"{checkpoint.path / NON_LORA_FILE} has weights that the model lacks: {unknown[0]!r}."
         )
-    return PeftModel.from_pretrained(model, str(checkpoint.path)).merge_and_unload()
+    return apply_adapter(model, checkpoint.path)
 
 
 def _plain_name(name: str) -> str:
@@ -144,9 +143,7 @@ def _load_text_model(
     tokenizer = AutoTokenizer.from_pretrained(source, use_fast=False)
     model = AutoModelForCausalLM.from_pretrained(source, **options)
     if checkpoint.kind == "lora":
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, str(checkpoint.path)).merge_and_unload()
+        model = apply_adapter(model, checkpoint.path)
     return tokenizer, model.eval()
 
 
