@@ -177,7 +177,9 @@ def other_python() -> str:
     candidates = [named] if named else map(str, sorted(REPO.glob(".venv*/bin/python")))
     for python in candidates:
         found = run_python(
-            "-c", "import transformers; print(transformers.__version__)", python=python
+            "-c",
+            "from importlib.metadata import version; print(version('transformers'))",
+            python=python,
         )
         if found.code == 0 and found.output.strip() != transformers.__version__:
             return python
