@@ -136,11 +136,8 @@ class VLoRAConfig:
             missing = [key for key in _SHAPE_KEYS if keys.get(key) is None]
             if missing:
                 raise ConfigError(f"{where} describes a VLoRA model but lacks {listing(missing)}.")
-        values: dict[str, Any] = {}
-        for name, key in _KEYS.items():
-            if key in keys and (keys[key] is not None or name == "alpha"):
-                values[name] = keys[key]
-        if values.get("layer_list") is not None:
+        values = {name: keys[key] for name, key in _KEYS.items() if keys.get(key) is not None}
+        if "layer_list" in values:
             values["layer_list"] = parse_layers(values["layer_list"])
         try:
             return cls(**values)
