@@ -14,6 +14,12 @@ PROJECTORS = {"llava": "mlp2x_gelu", "vlora": "vlora"}
 #: All sets of answers; ``blind`` is the LLaVA model without the image.
 ANSWERS = ("llava", "vlora", "blind")
 
+#: Flags of the generator, named as in the recipe.
+_GENERATOR_FLAGS = (
+    *("vlora_dim", "vlora_depth", "vlora_heads", "vlora_rank", "vlora_alpha"),
+    *("vlora_type", "skip_layers"),
+)
+
 Stage = Literal["pretrain", "finetune"]
 STAGES: tuple[Stage, ...] = ("pretrain", "finetune")
 
@@ -118,13 +124,7 @@ def training_command(settings: Settings, folder: RunFolder, model: str, stage: S
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "mm_vision_dtype": "float32",
-        "vlora_dim": recipe.vlora_dim,
-        "vlora_depth": recipe.vlora_depth,
-        "vlora_heads": recipe.vlora_heads,
-        "vlora_rank": recipe.vlora_rank,
-        "vlora_alpha": recipe.vlora_alpha,
-        "vlora_type": recipe.vlora_type,
-        "skip_layers": recipe.skip_layers,
+        **{name: getattr(recipe, name) for name in _GENERATOR_FLAGS},
     }
     if pretrain:
         flags["tune_mm_mlp_adapter"] = True
