@@ -133,6 +133,22 @@ def test_saved_model_gives_the_same_logits(noisy: tuple[Any, Path]) -> None:
     assert type(AutoConfig.from_pretrained(folder)).__name__ == "LlavaVLoRAConfig"
 
 
+def test_saved_mistral_gives_the_same_logits(
+    mistral_dir: Path, tower_dir: Path, tmp_path: Path
+) -> None:
+    """Grouped-query attention, whose rectangular weights the public format has no place for."""
+    model = make_vlora(mistral_dir, tower_dir)
+    model.save_pretrained(tmp_path / "x")
+    for file in mistral_dir.glob("*token*"):
+        shutil.copy(file, tmp_path / "x")
+    image, ids = torch.randn(1, 3, 56, 56), torch.tensor([[1, 9, -200, 8, 7, 6]])
+    found = load(tmp_path / "x").model
+    assert type(found).__name__ == "LlavaVLoRAMistralForCausalLM"
+    with torch.no_grad():
+        expected = model(ids, images=image).logits
+        torch.testing.assert_close(found(ids, images=image).logits, expected, **CLOSE)
+
+
 def test_public_layout_loads(noisy: tuple[Any, Path], tmp_path: Path) -> None:
     """Weights in ``.bin``, RoPE tables among them, and a config without the keys that only we write."""
     folder = shutil.copytree(noisy[1], tmp_path / "VLoRA-7b-v1")

@@ -153,6 +153,7 @@ def test_chat_streams_two_turns(
     assert turns[2].strip().endswith("exit...")
 
 
+@pytest.mark.slow
 def test_launcher_names_what_it_cannot_run(tmp_path: Path) -> None:
     commands = {"module": [], "llava.nothing": ["llava.nothing"], "nothing": ["nothing.at.all"]}
     for part, done in run_modules(commands, tmp_path).items():
@@ -185,6 +186,7 @@ assert patched == (train.ModelArguments, train.LlavaLlamaForCausalLM, train.Lazy
 """
 
 
+@pytest.mark.slow
 def test_order_of_imports_does_not_matter_and_registering_twice_is_harmless() -> None:
     done = run_python("-c", _ORDER)
     assert done.code == 0, done.errors[-3000:]
