@@ -323,7 +323,7 @@ def record(out: Path, part: str, schedule: Schedule | None, figures: str, second
 SCHEDULES = {
     "llm": Schedule(steps=3000, batch=32, lr=2e-3),
     "clip_small": Schedule(steps=1000, batch=64, lr=1e-3),
-    "clip_full": Schedule(steps=1000, batch=32, lr=1e-3),
+    "clip_full": Schedule(steps=300, batch=32, lr=1e-3),
 }
 
 
