@@ -141,9 +141,14 @@ class PerceptualWeightsGenerator(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, features: Tensor) -> PerceptualWeights:
+    def __call__(self, features: Tensor) -> PerceptualWeights:
         """Patch features ``[B, V, visual_dim]`` -> the weights of B images."""
-        return self.expand(self.latents(features))
+        return self._pack(super().__call__(features))
+
+    def forward(self, features: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """The factors by weight type: bare tensors, because ZeRO-3's module hooks look into no other class."""
+        factors = self.expand(self.latents(features)).factors
+        return {letter: (factor.a, factor.b) for letter, factor in factors.items()}
 
     def latents(self, features: Tensor) -> dict[str, Tensor]:
         """The image in its smallest form: for each weight type ``[B, K, D]``.
@@ -165,7 +170,7 @@ class PerceptualWeightsGenerator(nn.Module):
 
     def expand(self, latents: Mapping[str, Tensor]) -> PerceptualWeights:
         """Spell latents out as factors (the paper's shared linear layer W_s of Fig. 3b)."""
-        factors = {}
+        factors: dict[str, tuple[Tensor, Tensor]] = {}
         for i, letter in enumerate(self.config.types):
             latent = latents[letter]
             batch, k, _ = latent.shape
@@ -173,10 +178,14 @@ class PerceptualWeightsGenerator(nn.Module):
                 self.gen if isinstance(self.gen, SubGenerator) else cast(SubGenerator, self.gen[i])
             )
             a = sub.weights_head(latent).view(batch, k, self.in_features[letter], self.config.rank)
-            factors[letter] = Factors(a, self._static(i, letter))
-        some = next(iter(factors.values())).a
+            factors[letter] = (a, self._static(i, letter))
+        return self._pack(factors)
+
+    def _pack(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> PerceptualWeights:
+        some = next(iter(factors.values()))[0]
+        present = torch.ones(len(some), dtype=torch.bool, device=some.device)
         return PerceptualWeights(
-            factors, self.layers, torch.ones(len(some), dtype=torch.bool, device=some.device)
+            {letter: Factors(a, b) for letter, (a, b) in factors.items()}, self.layers, present
         )
 
     def _static(self, i: int, letter: str) -> Tensor:

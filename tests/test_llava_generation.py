@@ -316,6 +316,16 @@ def test_text_without_a_slot_sees_the_image_in_use(model: Any) -> None:
         torch.testing.assert_close(answer(model, slotted, images=image)[1], scores, **CLOSE)
 
 
+def test_module_hooks_find_tensors_in_what_the_generator_returns(llama: Any) -> None:
+    """DeepSpeed's ZeRO-3 gathers parameters for the backward pass from such a hook; it knows no other class."""
+    returned: list[Any] = []
+    hook = llama.generator.register_forward_hook(lambda _, inputs, output: returned.append(output))
+    weights = llama.perceive(pictures(2))
+    hook.remove()
+    assert list(returned[0]) == list(weights.factors)
+    assert all(type(factor) is Tensor for pair in returned[0].values() for factor in pair)
+
+
 def test_threads_that_look_at_two_images_do_not_meet(llama: Any) -> None:
     images, ids = pictures(2), prompt()
 

@@ -89,7 +89,7 @@ class VLoRAMetaForCausalLM:
 
     def perceive(self, images: Images) -> PerceptualWeights:
         """The perceptual weights of images ``[B, 3, H, W]`` (or a list of ``[3, H, W]``), one row each."""
-        return cast(PerceptualWeights, self.generator(self.image_features(images)))
+        return self.generator(self.image_features(images))
 
     def encode_images(self, images: Images) -> PerceptualWeights:
         """LLaVA's name for :meth:`perceive`."""
