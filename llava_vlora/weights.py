@@ -108,6 +108,10 @@ class PerceptualWeights:
 
     def index(self, rows: Sequence[int] | Tensor) -> PerceptualWeights:
         """Rows ``rows`` in that order, repeats allowed; an index outside raises ``WeightsError``."""
+        if isinstance(rows, Tensor) and rows.dtype == torch.bool:
+            raise WeightsError(
+                "index() takes row numbers, not a mask; give rows.nonzero().flatten()."
+            )
         picked = torch.as_tensor(rows, dtype=torch.long, device=self.device)
         if picked.numel() and not bool(((picked >= -len(self)) & (picked < len(self))).all()):
             raise WeightsError(

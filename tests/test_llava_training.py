@@ -229,6 +229,8 @@ MISTAKES = {
     "stage-kind": ["CheckpointError", "mm_projector.bin", "--mm_projector_type"],
     "contradiction": ["ConfigError", "'vlora_rank': 4", "'vlora_rank': 8"],
     "no-tower": ["ConfigError", "--vision_tower"],
+    "no-base": ["CheckpointError", "--model_name_or_path", "nowhere"],
+    "mpt-path": ["UnsupportedDecoderError", "mpt", "Llama or Mistral"],
     "vlora-as-mlp": ["ConfigError", "is a VLoRA model", "--mm_projector_type vlora"],
     "vision-dtype": ["ConfigError", "'int8'", "'float16', 'bfloat16', 'float32'"],
     "stage-gone": ["CheckpointError", "nowhere", "mm_projector.bin"],
@@ -278,6 +280,8 @@ def refused(
         "stage-kind": {"pretrain_mm_mlp_adapter": out / "mlp-pretrain" / "mm_projector.bin"},
         "contradiction": {"model_name_or_path": out / "vlora-finetune", "vlora_rank": 8},
         "no-tower": {"vision_tower": None},
+        "no-base": {"model_name_or_path": folder / "nowhere"},
+        "mpt-path": {"model_name_or_path": folder / "mpt-7b"},
         "vlora-as-mlp": {
             "model_name_or_path": out / "vlora-finetune",
             "mm_projector_type": "mlp2x_gelu",

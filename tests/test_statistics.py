@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from scipy import stats as scipy_stats
 
 from llava_vlora.evaluation.statistics import clustered_difference, mcnemar_exact, wilson_interval
-
-scipy_stats = pytest.importorskip("scipy.stats")
 
 
 @pytest.mark.parametrize(("successes", "total"), [(0, 5), (5, 5), (1, 3), (37, 120), (999, 1000)])

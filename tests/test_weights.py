@@ -84,6 +84,11 @@ def test_index_picks_rows(weights: PerceptualWeights, rows: Any) -> None:
     assert picked.present.tolist() == [weights.present.tolist()[n] for n in wanted]
 
 
+def test_index_refuses_a_mask_instead_of_reading_it_as_rows() -> None:
+    with pytest.raises(WeightsError, match="not a mask"):
+        make_weights().index(torch.tensor([True, False, True]))
+
+
 @pytest.mark.parametrize("rows", [[3], [0, -4]], ids=str)
 def test_index_outside_the_batch_is_refused(rows: list[int]) -> None:
     with pytest.raises(WeightsError, match="do not all exist in a batch of 3"):

@@ -13,7 +13,7 @@ from llava.model.llava_arch import LlavaMetaModel
 from transformers import PretrainedConfig
 
 from ..config import DERIVED_KEYS, VLoRAConfig, check_derived
-from ..errors import ConfigError, UnsupportedDecoderError, listing
+from ..errors import CheckpointError, ConfigError, UnsupportedDecoderError, listing
 from .checkpoint import is_vlora, load_projector, read_json, read_tensors
 from .data_errors import name_data_errors
 from .meta_model import VLoRAMetaModel
@@ -150,7 +150,12 @@ class _ChosenClass:
         kwargs["attn_implementation"] = _available_attention(kwargs.get("attn_implementation"))
         arguments = cast(Any, _Request.arguments)
         wanted = arguments is not None and arguments.mm_projector_type == "vlora"
-        config = PretrainedConfig.get_config_dict(path)[0]
+        try:
+            config = PretrainedConfig.get_config_dict(path)[0]
+        except OSError as error:
+            raise CheckpointError(
+                f"--model_name_or_path {path!r} cannot be read: {error}"
+            ) from error
         if is_vlora(config) and not wanted:
             raise ConfigError(
                 f"{path} is a VLoRA model, but --mm_projector_type asks for another projector; "

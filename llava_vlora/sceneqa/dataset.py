@@ -128,10 +128,13 @@ def _write_test(files: SceneQAFiles, scenes: list[Scene], rng: random.Random) ->
             row |= {"text": question.text, "category": question.category}
             asked.append(question)
             questions.append(row)
-            answers.append({
-                "question_id": row["question_id"], "label": question.answer,
-                "category": question.category,
-            })
+            answers.append(
+                {
+                    "question_id": row["question_id"],
+                    "label": question.answer,
+                    "category": question.category,
+                }
+            )
             if question.category == "existence":
                 pope.append({**row, "category": "scene", "label": question.answer})
     _write_lines(files.test_questions, questions)
@@ -182,8 +185,12 @@ def write_dataset(
     test_questions = _write_test(files, test, rng)
     levels = blind_levels(train_questions, test_questions)
     statistics = {
-        "size": size, "seed": seed, "held_out": held_out, "train_images": train_images,
-        "test_images": test_images, "train_questions": len(train_questions),
+        "size": size,
+        "seed": seed,
+        "held_out": held_out,
+        "train_images": train_images,
+        "test_images": test_images,
+        "train_questions": len(train_questions),
         "test_questions": len(test_questions),
         "blind": {category: asdict(level) for category, level in levels.items()},
     }

@@ -135,7 +135,8 @@ class QuestionSampler:
             if question.template == template:
                 answers.setdefault(question.answer, []).append(question)
         category = candidates[0].category
-        least = min(sorted(answers), key=lambda a: (self._asked[category, template, a],
-                                                    self.rng.random()))
+        least = min(
+            sorted(answers), key=lambda a: (self._asked[category, template, a], self.rng.random())
+        )
         self._asked[category, template, least] += 1
         return self.rng.choice(answers[least])

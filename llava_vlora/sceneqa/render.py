@@ -22,12 +22,23 @@ _RGB = {
     "cyan": (60, 215, 225),
 }
 # Seven-segment layout: upper bar, upper left, upper right, middle, lower left, lower right, base.
-_SEGMENTS = ("abcefg", "cf", "acdeg", "acdfg", "bcdf", "abdfg", "abdefg", "acf", "abcdefg", "abcdfg")
+_SEGMENTS = (
+    "abcefg",
+    "cf",
+    "acdeg",
+    "acdfg",
+    "bcdf",
+    "abdfg",
+    "abdefg",
+    "acf",
+    "abcdefg",
+    "abcdfg",
+)
 
 
-def _regular(center: tuple[float, float], radii: tuple[float, ...], corners: int) -> list[
-    tuple[float, float]
-]:
+def _regular(
+    center: tuple[float, float], radii: tuple[float, ...], corners: int
+) -> list[tuple[float, float]]:
     """Corners of a polygon around a centre, first one on top; the radii alternate."""
     return [
         (

@@ -79,9 +79,7 @@ def blind_levels(train: Sequence[Question], test: Sequence[Question]) -> dict[st
         asked = [q for q in test if q.category == category]
         if not asked:
             continue
-        guesses = [
-            (by_text[q.text] or by_category[category]).most_common(1)[0][0] for q in asked
-        ]
+        guesses = [(by_text[q.text] or by_category[category]).most_common(1)[0][0] for q in asked]
         most = Counter(q.answer for q in asked).most_common(1)[0][1]
         levels[category] = BlindLevel(
             questions=len(asked),
