@@ -172,24 +172,19 @@ def text_sample(
     return ids, weights
 
 
-def make_llm(out: Path, seed: int, schedule: Schedule, resume: bool) -> str:
+def make_llm(out: Path, seed: int, schedule: Schedule) -> str:
     """Trains the language model on text: captions and questions about described scenes."""
     rng = random.Random(seed)
     tokenizer = load_tokenizer(out)
-    config = LlamaConfig(
+    model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=2048,
         bos_token_id=1, eos_token_id=2, pad_token_id=None, tie_word_embeddings=False,
         attn_implementation="eager",
-    )
-    if resume:
-        model = LlamaForCausalLM.from_pretrained(out, attn_implementation="eager").float()
-    else:
-        model = LlamaForCausalLM(config)
-    model.train()
+    ))
 
     def loss_of() -> tuple[Tensor, str]:
-        size = SIZES["small" if rng.random() < 0.7 else "full"]
+        size = rng.choice(list(SIZES.values()))
         samples = [text_sample(size, rng, tokenizer) for _ in range(schedule.batch)]
         length = max(len(ids) for ids, _ in samples)
         ids = torch.tensor([i + [0] * (length - len(i)) for i, _ in samples])
@@ -312,8 +307,6 @@ def record(out: Path, part: str, schedule: Schedule | None, figures: str, second
     lines = readme.read_text(encoding="utf-8").splitlines()
     run = f"{schedule.steps} x {schedule.batch}, lr {schedule.lr:g}" if schedule else "-"
     command = shlex.join(["python", "scripts/make_base_models.py", *sys.argv[1:]])
-    if "--resume" in sys.argv:
-        part += " (resumed)"
     row = f"| {part} | `{command}` | {run} | {figures} | {seconds:.0f} |"
     kept = [line for line in lines if not line.startswith(f"| {part} |")]
     end = max(i for i, line in enumerate(kept) if line.startswith("|"))
@@ -334,7 +327,6 @@ def main() -> None:
     parser.add_argument("--size", choices=tuple(SIZES), default="small", help="scene size (tower)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="optimiser steps instead of the default")
-    parser.add_argument("--resume", action="store_true", help="go on with the LLM in the folder")
     parser.add_argument("--out", type=Path, default=ASSETS)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
@@ -347,7 +339,7 @@ def main() -> None:
     if schedule is None:
         figures = make_tokenizer(arguments.out, arguments.seed)
     elif part == "llm":
-        figures = make_llm(arguments.out, arguments.seed, schedule, arguments.resume)
+        figures = make_llm(arguments.out, arguments.seed, schedule)
     else:
         figures = make_tower(arguments.out, scene_size(arguments.size), arguments.seed, schedule)
     record(arguments.out, part, schedule, figures, time.perf_counter() - start)
