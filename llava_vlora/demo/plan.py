@@ -144,6 +144,7 @@ def training_command(settings: Settings, folder: RunFolder, model: str, stage: S
             recipe.pretrain_batch if pretrain else recipe.finetune_batch
         ),
         "learning_rate": recipe.pretrain_lr if pretrain else recipe.finetune_lr,
+        "adam_beta2": 0.98,  # the default of 0.999 looks back over more steps than a stage has
         "weight_decay": 0.0,
         "warmup_ratio": 0.03,
         "lr_scheduler_type": "cosine",
