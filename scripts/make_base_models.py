@@ -53,8 +53,15 @@ SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 QUESTION_FRAMES = (
-    "What color is the", "Which shape is", "Which digit is", "Where is the", "Is the",
-    "left or right of the", "above or below the", "How many", "Is there a",
+    "What color is the",
+    "Which shape is",
+    "Which digit is",
+    "Where is the",
+    "Is the",
+    "left or right of the",
+    "above or below the",
+    "How many",
+    "Is there a",
 )
 VOCABULARY = 512
 IGNORE = -100
@@ -123,19 +130,39 @@ def make_tokenizer(out: Path, seed: int) -> str:
     pieces += [frame.replace(" ", "▁") for frame in QUESTION_FRAMES]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines * 2 + words), model_writer=model, model_type="bpe",
-        vocab_size=VOCABULARY, byte_fallback=True, split_digits=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False,
-        add_dummy_prefix=True, required_chars=string.ascii_letters + string.punctuation,
-        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, hard_vocab_limit=False,
-        user_defined_symbols=pieces, num_threads=1, minloglevel=2,
+        sentence_iterator=iter(lines * 2 + words),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=VOCABULARY,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=True,
+        required_chars=string.ascii_letters + string.punctuation,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        hard_vocab_limit=False,
+        user_defined_symbols=pieces,
+        num_threads=1,
+        minloglevel=2,
     )
     (out / "tokenizer.model").write_bytes(model.getvalue())
     config = {
-        "tokenizer_class": "LlamaTokenizer", "legacy": True, "add_bos_token": True,
-        "add_eos_token": False, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-        "pad_token": None, "padding_side": "right", "model_max_length": 2048,
-        "clean_up_tokenization_spaces": False, "sp_model_kwargs": {},
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": True,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": None,
+        "padding_side": "right",
+        "model_max_length": 2048,
+        "clean_up_tokenization_spaces": False,
+        "sp_model_kwargs": {},
     }
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -176,12 +203,22 @@ def make_llm(out: Path, seed: int, schedule: Schedule) -> str:
     """Trains the language model on text: captions and questions about described scenes."""
     rng = random.Random(seed)
     tokenizer = load_tokenizer(out)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=2048,
-        bos_token_id=1, eos_token_id=2, pad_token_id=None, tie_word_embeddings=False,
-        attn_implementation="eager",
-    ))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=2048,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=None,
+            tie_word_embeddings=False,
+            attn_implementation="eager",
+        )
+    )
 
     def loss_of() -> tuple[Tensor, str]:
         size = rng.choice(list(SIZES.values()))
@@ -265,11 +302,18 @@ def make_tower(out: Path, size: SceneSize, seed: int, schedule: Schedule) -> str
     side = {"height": size.image_px, "width": size.image_px}
     processor = CLIPImageProcessor(size={"shortest_edge": size.image_px}, crop_size=side)
     width = 128
-    tower = CLIPVisionModel(CLIPVisionConfig(
-        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=4,
-        num_attention_heads=4, image_size=size.image_px, patch_size=size.patch_px,
-        projection_dim=width, attn_implementation="eager",
-    ))
+    tower = CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            image_size=size.image_px,
+            patch_size=size.patch_px,
+            projection_dim=width,
+            attn_implementation="eager",
+        )
+    )
     text = TextTower(len(tokenizer), width)
     head = CellHead(size, width)
     scale = nn.Linear(1, 1, bias=False)
