@@ -231,6 +231,12 @@ def test_blind_levels_of_known_questions() -> None:
     assert (level.questions, level.chance, level.majority, level.prior) == (4, 0.5, 0.75, 0.25)
 
 
+def test_chance_is_that_of_the_form_of_the_question() -> None:
+    sides = [Question("relation", "horizontal", "t", a) for a in ("left", "right")]
+    heights = [Question("relation", "vertical", "u", a) for a in ("above", "below")]
+    assert blind_levels(sides + heights, sides + heights)["relation"].chance == 0.5
+
+
 def test_pope_layout_is_read_by_llavas_scorer(files: SceneQAFiles, tmp_path: Path) -> None:
     spec = importlib.util.find_spec("llava")
     assert spec is not None

@@ -17,7 +17,8 @@ class BlindLevel:
 
     Attributes:
         questions: number of test questions.
-        chance: expected accuracy of a uniform guess among the category's answers.
+        chance: expected accuracy of a uniform guess among the answers that the form of the question
+            leaves open: two for "left or right of", four for "where is".
         majority: accuracy of always giving the most frequent test answer.
         prior: accuracy of giving, to every question text, the answer that the training set gives
             most often; the strongest blind answer there is.
@@ -71,7 +72,9 @@ def blind_levels(train: Sequence[Question], test: Sequence[Question]) -> dict[st
     """Measures, per category, what is reached from the questions and the answer statistics."""
     by_text: dict[str, Counter[str]] = defaultdict(Counter)
     by_category: dict[str, Counter[str]] = defaultdict(Counter)
+    by_form: dict[tuple[str, str], set[str]] = defaultdict(set)
     for question in train:
+        by_form[question.category, question.template].add(question.answer)
         by_text[question.text][question.answer] += 1
         by_category[question.category][question.answer] += 1
     levels = {}
@@ -83,7 +86,10 @@ def blind_levels(train: Sequence[Question], test: Sequence[Question]) -> dict[st
         most = Counter(q.answer for q in asked).most_common(1)[0][1]
         levels[category] = BlindLevel(
             questions=len(asked),
-            chance=1 / len(by_category[category]),
+            chance=sum(
+                1 / len(by_form[category, q.template] or by_category[category]) for q in asked
+            )
+            / len(asked),
             majority=most / len(asked),
             prior=sum(g == q.answer for g, q in zip(guesses, asked, strict=True)) / len(asked),
         )
