@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,12 @@ from ..placeholder import IMAGE_TOKEN_INDEX, TextBatch, drop_slots, gap_position
 from ..weights import PerceptualWeights
 from .checkpoint import load_checked, locate_vision_tower
 from .images import Images, image_batch
+
+
+@cache
+def _parameters(base_class: type[Any]) -> frozenset[str]:
+    """What a transformers class takes; read once, because ``forward`` runs for every token."""
+    return frozenset(inspect.signature(base_class.forward).parameters)
 
 
 class VLoRAMetaForCausalLM:
@@ -191,7 +198,7 @@ class VLoRAMetaForCausalLM:
         if input_ids is not None and inputs_embeds is None:
             weights = self._read_prompt(given, images)
         given = {name: value for name, value in given.items() if value is not None}
-        if "logits_to_keep" in inspect.signature(self.base_class.forward).parameters:
+        if "logits_to_keep" in _parameters(cast(Any, self.base_class)):
             given["logits_to_keep"] = logits_to_keep
         with nullcontext() if weights is None else self.seeing(weights):
             return self.base_class.forward(self, **given)
@@ -201,7 +208,6 @@ class VLoRAMetaForCausalLM:
     ) -> PerceptualWeights | None:
         """Drop slots from the inputs collected in ``given`` and turn the images into weights."""
         ids = given["input_ids"]
-        has_image = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         # A single token is a decoding step; looking for slots there would stall a GPU at every token.
         slotted = ids.shape[1] > 1 and bool((ids == IMAGE_TOKEN_INDEX).any())
         if slotted:
@@ -211,7 +217,6 @@ class VLoRAMetaForCausalLM:
             )
             for name in ("input_ids", "attention_mask", "position_ids", "labels"):
                 given[name] = getattr(text, name)
-            has_image = text.has_image
         if images is None and self._trains() and injection.active(cast(nn.Module, self)) is None:
             # A batch of text alone: the generator runs on a blank image so that all ranks do the same.
             size = cast(Any, self).get_vision_tower().config.image_size
@@ -224,7 +229,8 @@ class VLoRAMetaForCausalLM:
                 "A cached call cannot tell which rows saw an image before. Use generate(), or "
                 "`with model.seeing(weights):` with position_ids."
             )
-        return self._weights_for(images, has_image)
+        no_image = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        return self._weights_for(images, text.has_image if slotted else no_image)
 
     @torch.no_grad()
     def generate(
