@@ -28,6 +28,7 @@ from pathlib import Path
 
 import sentencepiece
 import torch
+from lessons import SYSTEM, Lessons, Mixture
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import trange
@@ -48,10 +49,6 @@ from llava_vlora.sceneqa.scene import Scene, sample_scene
 from llava_vlora.sceneqa.sizes import DIGITS, SIZES, SceneSize, scene_size
 
 ASSETS = Path(__file__).resolve().parent.parent / "llava_vlora" / "assets"
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
 QUESTION_FRAMES = (
     "What color is the",
     "Which shape is",
@@ -64,9 +61,13 @@ QUESTION_FRAMES = (
     "Is there a",
 )
 VOCABULARY = 512
-IGNORE = -100
-# Weight of the words that are given and not answered; they matter for the language, not the task.
-CONTEXT_WEIGHT = 0.1
+CONTRAST_WEIGHT = 0.2
+# Shares of the steps. A model that starts with questions stays at "what is there" for thousands of steps.
+LLM_PHASES = (
+    (1 / 7, Mixture(captions=0, lists=1, scenes=0, places=0)),
+    (2 / 7, Mixture(captions=0.05, lists=0.2, scenes=0.2, places=0)),
+    (4 / 7, Mixture(captions=0.05, lists=0.15, scenes=0.15, places=0.4)),
+)
 
 
 @dataclass(frozen=True)
@@ -78,33 +79,35 @@ class Schedule:
     lr: float
 
 
-def set_lr(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> None:
-    """Linear warm-up over 5 % of the run, then cosine decay to zero."""
-    warm = min(1.0, (step + 1) / (0.05 * schedule.steps))
-    lr = schedule.lr * warm * 0.5 * (1 + math.cos(math.pi * step / schedule.steps))
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def lr_factor(step: int, steps: int, decay_from: float) -> float:
+    """Linear warm-up over 5 % of the run, and cosine decay to zero from a share of it on."""
+    decayed = max(0.0, (step / steps - decay_from) / (1 - decay_from)) if decay_from < 1 else 0.0
+    return min(1.0, (step + 1) / (0.05 * steps)) * 0.5 * (1 + math.cos(math.pi * decayed))
 
 
 def train(
-    modules: Sequence[nn.Module],
+    optimizers: Sequence[torch.optim.Optimizer],
+    parameters: Sequence[nn.Parameter],
     schedule: Schedule,
     loss_of: Callable[[], tuple[Tensor, str]],
     title: str,
+    decay_from: float = 0.0,
 ) -> str:
-    """Runs AdamW on the loss of fresh batches; returns the last figures."""
-    parameters = [p for module in modules for p in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=schedule.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    """Minimises the loss of fresh batches; returns the last figures."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     figures = ""
     bar = trange(schedule.steps, desc=title, mininterval=5)
     for step in bar:
-        set_lr(optimizer, schedule, step)
+        for group in groups:
+            group["lr"] = schedule.lr * lr_factor(step, schedule.steps, decay_from)
         with torch.autocast("cpu", torch.bfloat16):
             loss, figures = loss_of()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         bar.set_postfix_str(figures, refresh=False)
     return figures
 
@@ -175,34 +178,21 @@ def load_tokenizer(out: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(out, use_fast=False)
 
 
-def text_sample(
-    size: SceneSize, rng: random.Random, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[float]]:
-    """One caption or one described scene with questions, in LLaVA's formats.
-
-    Returns:
-        Token ids and, per token, the weight of predicting it.
-    """
-    scene = sample_scene(size, rng, "train")
-    if rng.random() < 0.1:
-        ids = tokenizer(scene.caption + "\n").input_ids
-        return ids, [1.0] * len(ids)
-    ids, weights = [tokenizer.bos_token_id], [0.0]
-    opening = f"{SYSTEM} USER: {describe(scene)}\n"
-    for question in QuestionSampler(rng).draw(scene, size.turns):
-        asked = f"{opening}{question.text} ASSISTANT:"
-        context = tokenizer(asked, add_special_tokens=False).input_ids
-        both = tokenizer(f"{asked} {question.answer}", add_special_tokens=False).input_ids
-        ids += [*both, tokenizer.eos_token_id]
-        weights += [CONTEXT_WEIGHT] * len(context) + [1.0] * (len(both) + 1 - len(context))
-        opening = "USER: "
-    return ids, weights
+def llm_optimizers(model: LlamaForCausalLM, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, which learn to look things up several times sooner, else AdamW."""
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
 
 
 def make_llm(out: Path, seed: int, schedule: Schedule) -> str:
-    """Trains the language model on text: captions and questions about described scenes."""
-    rng = random.Random(seed)
+    """Trains the language model on text: look-ups first, then questions about described scenes."""
     tokenizer = load_tokenizer(out)
+    lessons = Lessons(tokenizer, seed)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -216,27 +206,34 @@ def make_llm(out: Path, seed: int, schedule: Schedule) -> str:
             eos_token_id=2,
             pad_token_id=None,
             tie_word_embeddings=False,
-            attn_implementation="eager",
         )
     )
 
-    def loss_of() -> tuple[Tensor, str]:
-        size = rng.choice(list(SIZES.values()))
-        samples = [text_sample(size, rng, tokenizer) for _ in range(schedule.batch)]
+    def loss_of(mixture: Mixture) -> tuple[Tensor, str]:
+        samples = [lessons.draw(mixture) for _ in range(schedule.batch)]
         length = max(len(ids) for ids, _ in samples)
         ids = torch.tensor([i + [0] * (length - len(i)) for i, _ in samples])
         weights = torch.tensor([w + [0.0] * (length - len(w)) for _, w in samples])[:, 1:]
-        logits = model(input_ids=ids, attention_mask=(weights > 0).new_ones(ids.shape)).logits
+        logits = model(input_ids=ids).logits  # causal: what follows a sample cannot change it
         flat = logits[:, :-1].float().flatten(0, 1)
         losses = functional.cross_entropy(flat, ids[:, 1:].flatten(), reduction="none")
-        losses = losses.view_as(weights)
-        answered = weights == 1
-        told = answered & (ids[:, 1:] != tokenizer.eos_token_id)
+        told = (weights == 1) & (ids[:, 1:] != tokenizer.eos_token_id)
         hits = (logits[:, :-1].argmax(-1) == ids[:, 1:])[told].float().mean()
-        loss = (losses * weights).sum() / weights.sum()
-        return loss, f"loss {loss:.3f}, answer words {hits:.3f}"
+        loss = (losses.view_as(weights) * weights).sum() / weights.sum()
+        return loss, f"loss {loss:.3f}, told words {hits:.3f}"
 
-    figures = train([model], schedule, loss_of, "llm")
+    figures = ""
+    for number, (share, mixture) in enumerate(LLM_PHASES):
+        phase = replace(schedule, steps=max(1, round(share * schedule.steps)))
+        last = number + 1 == len(LLM_PHASES)
+        figures = train(
+            llm_optimizers(model, schedule.lr),
+            [*model.parameters()],
+            phase,
+            lambda mixture=mixture: loss_of(mixture),
+            f"llm {number + 1}/{len(LLM_PHASES)}",
+            decay_from=0.5 if last else 1.0,
+        )
     model.half().save_pretrained(out)
     return figures
 
@@ -265,33 +262,41 @@ class TextTower(nn.Module):
 
 
 class CellHead(nn.Module):
-    """Linear reading of what is in each grid cell from the patches that cover it."""
+    """Linear reading of what is in each grid cell from the patches that cover it.
+
+    It asks for pairs (kind and colour, kind and cell, colour and cell), not for one after the other: a
+    generator that pools patches linearly can tell which belongs to which only where features hold the pair.
+    """
 
     def __init__(self, size: SceneSize, width: int) -> None:
         """A classifier of patch features of the given width."""
         super().__init__()
         self.cells, self.span = size.cells, size.cell_px // size.patch_px
-        self.kinds = (*size.shapes, *DIGITS)
-        self.colors = size.colors
-        self.kind = nn.Linear(width * self.span**2, len(self.kinds) + 1)
-        self.color = nn.Linear(width * self.span**2, len(self.colors) + 1)
+        self.kinds, self.colors = (*size.shapes, *DIGITS), size.colors
+        kinds, colors, cells = len(self.kinds), len(self.colors), size.cells**2
+        self.pairs = nn.ModuleList(
+            nn.Linear(width * self.span**2, pairs + 1)
+            for pairs in (kinds * colors, kinds * cells, colors * cells)
+        )
 
-    def forward(self, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits ``(B, cells^2, classes)`` of kind and colour from ``(B, patches, width)``."""
+    def forward(self, patches: Tensor) -> list[Tensor]:
+        """Logits ``(B, cells^2, pairs + 1)`` of the three pairs from ``(B, patches, width)``."""
         cells = patches.unflatten(1, (self.cells, self.span, self.cells, self.span))
         cells = cells.permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(1, 2)
-        return self.kind(cells), self.color(cells)
+        return [pair(cells) for pair in self.pairs]
 
-    def targets(self, scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
-        """Classes ``(B, cells^2)`` of kind and colour; 0 is an empty cell."""
-        kind = torch.zeros(len(scenes), self.cells**2, dtype=torch.long)
-        color = torch.zeros_like(kind)
+    def targets(self, scenes: Sequence[Scene]) -> list[Tensor]:
+        """Classes ``(B, cells^2)`` of the three pairs; 0 is an empty cell."""
+        count = self.cells**2
+        found = [torch.zeros(len(scenes), count, dtype=torch.long) for _ in self.pairs]
         for row, scene in enumerate(scenes):
             for item in scene.objects:
                 cell = item.row * self.cells + item.column
-                kind[row, cell] = 1 + self.kinds.index(item.kind)
-                color[row, cell] = 1 + self.colors.index(item.color)
-        return kind, color
+                kind, color = self.kinds.index(item.kind), self.colors.index(item.color)
+                found[0][row, cell] = 1 + kind * len(self.colors) + color
+                found[1][row, cell] = 1 + kind * count + cell
+                found[2][row, cell] = 1 + color * count + cell
+        return found
 
 
 def make_tower(out: Path, size: SceneSize, seed: int, schedule: Schedule) -> str:
@@ -330,16 +335,23 @@ def make_tower(out: Path, size: SceneSize, seed: int, schedule: Schedule) -> str
         logits = scale.weight.exp() * images @ captions.T
         pair = torch.arange(len(scenes))
         contrast = functional.cross_entropy(logits, pair) + functional.cross_entropy(logits.T, pair)
-        loss, right = contrast / 2, []
+        # The classifier leads: what pairs up in a caption is not yet bound to a patch.
+        loss, right = CONTRAST_WEIGHT * contrast / 2, []
         # LLaVA reads the second to last hidden state without the class token.
         guesses = head(seen.hidden_states[-2][:, 1:])
         for guess, target in zip(guesses, head.targets(scenes), strict=True):
-            loss = loss + functional.cross_entropy(guess.float().flatten(0, 1), target.flatten())
+            each = functional.cross_entropy(
+                guess.float().flatten(0, 1), target.flatten(), reduction="none"
+            )
+            weight = 1.0 + 3.0 * (target.flatten() > 0)  # most cells are empty
+            loss = loss + (each * weight).sum() / weight.sum()
             right.append((guess.argmax(-1) == target)[target > 0].float().mean())
         matched = (logits.argmax(1) == pair).float().mean()
-        return loss, f"matched {matched:.3f}, kind {right[0]:.3f}, color {right[1]:.3f}"
+        return loss, f"matched {matched:.3f}, pairs " + ", ".join(f"{r:.3f}" for r in right)
 
-    figures = train([tower, text, head, scale], schedule, loss_of, folder.name)
+    parameters = [p for module in (tower, text, head, scale) for p in module.parameters()]
+    adamw = torch.optim.AdamW(parameters, lr=schedule.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    figures = train([adamw], parameters, schedule, loss_of, folder.name)
     tower.half().save_pretrained(folder)
     processor.save_pretrained(folder)
     return figures
@@ -358,9 +370,9 @@ def record(out: Path, part: str, schedule: Schedule | None, figures: str, second
 
 
 SCHEDULES = {
-    "llm": Schedule(steps=3000, batch=32, lr=2e-3),
-    "clip_small": Schedule(steps=1000, batch=64, lr=1e-3),
-    "clip_full": Schedule(steps=300, batch=32, lr=1e-3),
+    "llm": Schedule(steps=7000, batch=32, lr=4e-3),
+    "clip_small": Schedule(steps=1500, batch=64, lr=2e-3),
+    "clip_full": Schedule(steps=600, batch=32, lr=2e-3),
 }
 
 

@@ -103,7 +103,7 @@ def test_language_model_answers_from_a_description(tokenizer: PreTrainedTokenize
             )
             told = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
             hits.append(score(told, question.answer))
-    assert sum(hits) / len(hits) > 0.55  # blind answers reach about 0.3
+    assert sum(hits) / len(hits) > 0.9  # blind answers reach about 0.3
 
 
 def test_llava_masks_every_sample_without_a_mismatch(tmp_path: Path) -> None:
