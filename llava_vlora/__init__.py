@@ -11,12 +11,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .cache import PerceptionCache
     from .config import VLoRAConfig
     from .errors import VLoRAError
     from .generator import PerceptualWeightsGenerator
     from .injection import seeing
     from .integration.api import Loaded, load
     from .integration.registration import Registration, register
+    from .merging import merged
     from .weights import Factors, PerceptualWeights
 
 __version__ = "0.1.0"
@@ -25,12 +27,14 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Factors": "weights",
     "Loaded": "integration.api",
+    "PerceptionCache": "cache",
     "PerceptualWeights": "weights",
     "PerceptualWeightsGenerator": "generator",
     "Registration": "integration.registration",
     "VLoRAConfig": "config",
     "VLoRAError": "errors",
     "load": "integration.api",
+    "merged": "merging",
     "register": "integration.registration",
     "seeing": "injection",
 }
@@ -38,12 +42,14 @@ _PUBLIC = {
 __all__ = [
     "Factors",
     "Loaded",
+    "PerceptionCache",
     "PerceptualWeights",
     "PerceptualWeightsGenerator",
     "Registration",
     "VLoRAConfig",
     "VLoRAError",
     "load",
+    "merged",
     "register",
     "seeing",
 ]

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from .errors import ConfigError, listing
 
 #: Letters of ``vlora_type`` and where each goes, see :mod:`llava_vlora.decoder`.
-TARGET_LETTERS = "qkvom"
+TARGET_LETTERS = "qkvomgud"
 
 #: What happens to the position of the ``<image>`` slot, which is dropped from the sequence.
 Placeholder = Literal["gap", "contiguous"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -25,19 +26,27 @@ class Target:
     """The linear layer below the decoder layer whose ``in_features`` is the input width."""
     writes: str
     """The linear layer below the decoder layer whose ``out_features`` is the output width."""
+    mergeable: bool = True
+    """Whether ``path`` is a linear layer, into whose weight the delta can be folded."""
+    generated: Literal["a", "b"] = "a"
+    """The factor that is generated from the image: the hidden-sized side. The other one is learned."""
 
 
-def _linear(path: str) -> Target:
-    return Target(path, path, path)
+def _linear(path: str, generated: Literal["a", "b"] = "a") -> Target:
+    return Target(path, path, path, generated=generated)
 
 
 #: Weight type -> target. ``m`` is the paper's FFN weight as released: a low-rank bypass beside the whole MLP.
+#: ``g``, ``u`` and ``d`` are an addition: weights of the FFN's own linear layers, which can be merged.
 TARGETS: Mapping[str, Target] = {
     "q": _linear("self_attn.q_proj"),
     "k": _linear("self_attn.k_proj"),
     "v": _linear("self_attn.v_proj"),
     "o": _linear("self_attn.o_proj"),
-    "m": Target("mlp", reads="mlp.gate_proj", writes="mlp.down_proj"),
+    "m": Target("mlp", reads="mlp.gate_proj", writes="mlp.down_proj", mergeable=False),
+    "g": _linear("mlp.gate_proj"),
+    "u": _linear("mlp.up_proj"),
+    "d": _linear("mlp.down_proj", generated="b"),
 }
 
 

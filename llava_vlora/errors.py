@@ -4,6 +4,7 @@ VLoRAError
 ├── ConfigError              a setting is unknown, missing or contradicts another one
 ├── UnsupportedDecoderError  the language model has no named linear layers to write to
 ├── WeightsError             perceptual weights do not fit the model or the batch
+├── MergeError               weights cannot be folded into the model
 ├── ImageError               an image or image tensor cannot be used
 ├── PromptError              a prompt and its images do not go together
 ├── CheckpointError          a checkpoint folder lacks a file or holds the wrong one
@@ -29,6 +30,10 @@ class UnsupportedDecoderError(VLoRAError, ValueError):
 
 class WeightsError(VLoRAError, ValueError):
     """Perceptual weights do not fit the model, the batch or the requested operation."""
+
+
+class MergeError(WeightsError):
+    """Perceptual weights cannot be folded into the weights of the language model."""
 
 
 class ImageError(VLoRAError, ValueError):

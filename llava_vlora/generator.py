@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import VLoRAConfig
-from .decoder import DecoderShape
+from .decoder import TARGETS, DecoderShape
 from .errors import ConfigError, ImageError
 from .weights import Factors, PerceptualWeights
 
@@ -109,9 +109,13 @@ class PerceptualWeightsGenerator(nn.Module):
         self.config = config
         self.layers = config.layers(shape.num_layers)
         self.num_patches, self.visual_dim = num_patches, visual_dim
-        self.in_features = {t: shape.in_features[t] for t in config.types}
-        self.out_features = {t: shape.out_features[t] for t in config.types}
-        k, widths = len(self.layers), list(self.in_features.values())
+        sides = {"a": shape.in_features, "b": shape.out_features}
+        generated = {t: TARGETS[t].generated for t in config.types}
+        self.generated_features = {t: sides[side][t] for t, side in generated.items()}
+        self.shared_features = {
+            t: sides["ab".replace(side, "")][t] for t, side in generated.items()
+        }
+        k, widths = len(self.layers), list(self.generated_features.values())
         self.visual_proj = nn.Linear(visual_dim, config.dim)
         self.pos_embed = nn.Parameter(torch.randn(1, num_patches, config.dim))
         self.gen: nn.ModuleList | SubGenerator
@@ -121,13 +125,13 @@ class PerceptualWeightsGenerator(nn.Module):
             self.gen = SubGenerator(config, len(widths) * k, widths[0])
         else:
             raise ConfigError(
-                f"weights_sep False needs one input width for all weight types, but they are {self.in_features}; "
-                "use weights_sep True."
+                "weights_sep False needs one generated width for all weight types, but they are "
+                f"{self.generated_features}; use weights_sep True."
             )
         self._init_linear()
         # Rectangular weights (grouped-query attention) cannot share the public format's single tensor.
-        self.square = set(widths) == set(self.out_features.values()) and len(set(widths)) == 1
-        flat = {t: torch.zeros(1, k, out * config.rank) for t, out in self.out_features.items()}
+        self.square = len({*widths, *self.shared_features.values()}) == 1
+        flat = {t: torch.zeros(1, k, n * config.rank) for t, n in self.shared_features.items()}
         self.Bs: nn.Parameter | nn.ParameterDict
         if self.square:
             self.Bs = nn.Parameter(torch.cat(list(flat.values()), dim=1))
@@ -177,12 +181,14 @@ class PerceptualWeightsGenerator(nn.Module):
             sub = (
                 self.gen if isinstance(self.gen, SubGenerator) else cast(SubGenerator, self.gen[i])
             )
-            a = sub.weights_head(latent).view(batch, k, self.in_features[letter], self.config.rank)
-            factors[letter] = (a, self._static(i, letter))
+            width = self.generated_features[letter]
+            own = sub.weights_head(latent).view(batch, k, width, self.config.rank)
+            shared = self._static(i, letter)
+            factors[letter] = (own, shared) if TARGETS[letter].generated == "a" else (shared, own)
         return self._pack(factors)
 
     def _pack(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> PerceptualWeights:
-        some = next(iter(factors.values()))[0]
+        some = next(t for pair in factors.values() for t in pair if t.ndim == 4)
         present = torch.ones(len(some), dtype=torch.bool, device=some.device)
         return PerceptualWeights(
             {letter: Factors(a, b) for letter, (a, b) in factors.items()}, self.layers, present
@@ -195,7 +201,7 @@ class PerceptualWeightsGenerator(nn.Module):
             if isinstance(self.Bs, nn.Parameter)
             else self.Bs[letter]
         )
-        return self.config.scale * flat.view(k, self.out_features[letter], self.config.rank)
+        return self.config.scale * flat.view(k, self.shared_features[letter], self.config.rank)
 
     def _run(self, features: Tensor, need_weights: bool) -> dict[str, tuple[Tensor, Tensor | None]]:
         if features.ndim != 3 or features.shape[1:] != (self.num_patches, self.visual_dim):

@@ -7,6 +7,7 @@ threads that look at two images through one model never meet.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,10 +21,13 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from .decoder import TARGETS, decoder_layers
-from .errors import ConfigError, WeightsError
+from .errors import ConfigError, MergeError, WeightsError
+from .turns import turns
 from .weights import PerceptualWeights
 
 _Place = tuple[str, int]  # weight type, decoder layer
+#: Weight types that read the same hidden state, in the order in which a decoder layer calls them.
+_ONE_INPUT = "qkv"
 
 #: Weights that the running call sees, innermost last, with the decoder layers that each belongs to.
 _ACTIVE: ContextVar[tuple[tuple[nn.ModuleList, _Seen], ...]] = ContextVar(
@@ -50,15 +54,22 @@ def seeing(model: nn.Module, weights: PerceptualWeights, *, expand: bool = False
     Raises:
         ConfigError: ``pretraining_tp`` is set, which would bypass the injected modules.
         WeightsError: The weights do not fit the decoder; or, from inside a call, the input batch.
+        MergeError: Another image is merged into the model.
     """
-    slices = getattr(getattr(model, "config", None), "pretraining_tp", 1)
-    if slices != 1:
-        raise ConfigError(
-            f"pretraining_tp is {slices}: transformers then computes projections in slices that bypass their "
-            "modules, and the image would be ignored. Set config.pretraining_tp to 1; the results are the same."
+    layers = fitting_layers(model, weights)
+    if turns(layers).mine and active(model) is not weights:
+        raise MergeError(
+            "An image is merged into the model, and a second one would be added to it; close merged() first."
         )
-    layers = decoder_layers(model)
-    _check_fit(layers, weights)
+    with see(model, layers, weights, expand):
+        yield
+
+
+@contextmanager
+def see(
+    model: nn.Module, layers: nn.ModuleList, weights: PerceptualWeights, expand: bool = False
+) -> Iterator[None]:
+    """:func:`seeing` without its checks."""
     with ExitStack() as stack:
         bound = _checkpointed(model) if torch.is_grad_enabled() else []
         reentrant = any(_is_reentrant(module._gradient_checkpointing_func) for module in bound)
@@ -86,21 +97,59 @@ class _Seen:
     def __init__(self, weights: PerceptualWeights, expand: bool, leaves: bool) -> None:
         self.weights, self.rows, self.expand = weights, len(weights), expand
         self.factors: dict[_Place, tuple[Tensor, Tensor]] = {}
+        self._shared: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
+        self._joined: dict[tuple[int, bool], Tensor] = {}
         self._ready: dict[tuple[object, ...], Tensor] = {}
         for letter, factor in weights.factors.items():
             # unbind once: its gradient is one stack, while indexing would fill a full-size tensor per layer.
             a, b = (t.unbind(1 if t.ndim == 4 else 0) for t in (factor.a, factor.b))
             for j, layer in enumerate(weights.layers):
                 self.factors[letter, layer] = (a[j], b[j])
+        alike = "".join(
+            t for t in _ONE_INPUT if t in weights.factors and weights.factors[t].a.ndim == 4
+        )
+        #: For each layer, the letters among q, k, v whose factors ``a`` can be joined.
+        self.groups: dict[int, str] = dict.fromkeys(weights.layers, alike) if len(alike) > 1 else {}
         self.bridge = _Bridge(self.factors) if leaves else None
         if self.bridge is not None:
             self.factors = self.bridge.leaves
 
-    def delta(self, place: _Place, x: Tensor) -> Tensor:
-        """``(x a) b^T`` for inputs ``x [N, L, I]`` -> ``[N, L, O]``."""
-        a, b = (self._fit(t, x) for t in self.factors[place])
-        low = x @ a
-        return F.linear(low, b) if b.ndim == 2 else low @ b.mT
+    def add(self, place: _Place, x: Tensor, output: Tensor) -> Tensor:
+        """``output + (x a) b^T`` for inputs ``x [N, L, I]`` and ``output [N, L, O]``."""
+        low, b = self._low(place, x), self._fit(self.factors[place][1], x)
+        if output.dtype != low.dtype or x.ndim != 3:
+            return output + (F.linear(low, b) if b.ndim == 2 else low @ b.mT)
+        if (
+            b.ndim == 2
+        ):  # shared by all rows: one product for the whole batch, added as it is written
+            flat = torch.addmm(output.flatten(0, 1), low.flatten(0, 1), b.T)
+            return flat.view_as(output)
+        return torch.baddbmm(output, low, b.mT)
+
+    def _low(self, place: _Place, x: Tensor) -> Tensor:
+        """``x a [N, L, R]``; q, k and v of a layer read the same ``x``, so one product serves all three."""
+        letter, layer = place
+        group = self.groups.get(layer, "")
+        if letter not in group:
+            return x @ self._fit(self.factors[place][0], x)
+        first, parts = self._shared.get(layer, (None, ()))
+        if first is not x:
+            joined = [self.factors[t, layer][0] for t in group]
+            low = x @ self._fit_joined(layer, joined, x)
+            parts = torch.split_with_sizes(low, [t.shape[-1] for t in joined], dim=-1)
+            self._shared[layer] = (x, parts)
+        if letter == group[-1]:
+            self._shared.pop(layer, None)  # the last reader lets go of x
+        return parts[group.index(letter)]
+
+    def _fit_joined(self, layer: int, factors: list[Tensor], x: Tensor) -> Tensor:
+        """The factors side by side, ``[N, I, sum of R]``, ready for ``x``."""
+        if any(t.requires_grad for t in factors):
+            return torch.cat([self._fit(t, x) for t in factors], dim=-1)
+        key = (layer, torch.is_inference_mode_enabled())
+        if key not in self._joined:
+            self._joined[key] = torch.cat(factors, dim=-1)
+        return self._fit(self._joined[key], x)
 
     def _fit(self, factor: Tensor, x: Tensor) -> Tensor:
         """The factor on the device and in the dtype of ``x``, one row for each row of ``x``."""
@@ -159,10 +208,40 @@ def _attach(layers: nn.ModuleList, place: _Place) -> RemovableHandle:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         for owner, seen in reversed(_ACTIVE.get()):
             if owner is layers:
-                return output + seen.delta(place, args[0]) if place in seen.factors else None
+                return seen.add(place, args[0], output) if place in seen.factors else None
         return None  # another thread's hook: this call sees no image
 
-    return layers[layer].get_submodule(TARGETS[letter].path).register_forward_hook(hook)
+    _make_compiled_code_see_hooks()
+    # Compiled code leaves the graph for a hook: which weights are seen belongs to the call, not to the code.
+    eager = cast(Any, torch.compiler).disable(hook)
+    return layers[layer].get_submodule(TARGETS[letter].path).register_forward_hook(eager)
+
+
+def _make_compiled_code_see_hooks() -> None:
+    """torch.compile takes hooks for constant by default: code compiled before would silently skip the image."""
+    dynamo = sys.modules.get("torch._dynamo")
+    settings = getattr(dynamo, "config", None)
+    if getattr(settings, "skip_nnmodule_hook_guards", False):
+        cast(Any, settings).skip_nnmodule_hook_guards = False
+        cast(Any, dynamo).reset()  # once in a process: code compiled so far lacks the check
+
+
+def fitting_layers(model: nn.Module, weights: PerceptualWeights) -> nn.ModuleList:
+    """The decoder layers of ``model``, if ``weights`` can be shown to it.
+
+    Raises:
+        ConfigError: ``pretraining_tp`` is set, which would bypass the injected modules.
+        WeightsError: The weights have other widths or layers than the decoder.
+    """
+    slices = getattr(getattr(model, "config", None), "pretraining_tp", 1)
+    if slices != 1:
+        raise ConfigError(
+            f"pretraining_tp is {slices}: transformers then computes projections in slices that bypass their "
+            "modules, and the image would be ignored. Set config.pretraining_tp to 1; the results are the same."
+        )
+    layers = decoder_layers(model)
+    _check_fit(layers, weights)
+    return layers
 
 
 def _check_fit(layers: nn.ModuleList, weights: PerceptualWeights) -> None:

@@ -5,6 +5,7 @@ Shapes: B images, K injected layers, I input width, O output width, R rank.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,13 +24,14 @@ _VERSION = 1
 class Factors:
     """The two factors of one weight type in all injected layers.
 
-    A factor with four dimensions belongs to the images, one with three is shared by all of them.
+    A factor with four dimensions belongs to the images (W_v in figure 3b of the paper), one with three is
+    shared by all of them (W_s) and has ``alpha / rank`` inside.
     """
 
     a: Tensor
-    """``[B, K, I, R]`` or ``[K, I, R]``: what is read from the hidden state (W_v in figure 3b of the paper)."""
+    """``[B, K, I, R]`` or ``[K, I, R]``: what is read from the hidden state."""
     b: Tensor
-    """``[B, K, O, R]`` or ``[K, O, R]``: where it is written (W_s), with ``alpha / rank`` inside."""
+    """``[B, K, O, R]`` or ``[K, O, R]``: where it is written."""
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Factors:
         """Both factors after ``function``."""
@@ -74,8 +76,8 @@ class PerceptualWeights:
         """Bytes of the factors, those shared by all images counted once."""
         return sum(t.numel() * t.element_size() for f in self.factors.values() for t in (f.a, f.b))
 
-    def dense(self, letter: str, layer: int, row: int = 0) -> Tensor:
-        """The dense ``[O, I]`` matrix of one row; for tests and merging only.
+    def pair(self, letter: str, layer: int, row: int = 0) -> tuple[Tensor, Tensor]:
+        """The factors ``a [I, R]`` and ``b [O, R]`` of one row.
 
         Raises:
             WeightsError: The type or the layer has no weight here.
@@ -85,9 +87,17 @@ class PerceptualWeights:
                 f"No perceptual weight {letter!r} in layer {layer}; there are types {listing(self.types)} "
                 f"in layers {listing(self.layers)}."
             )
-        j = self.layers.index(layer)
-        factor = self.factors[letter]
-        return _row(factor.b, row)[j] @ _row(factor.a, row)[j].T
+        j, factor = self.layers.index(layer), self.factors[letter]
+        return _row(factor.a, row)[j], _row(factor.b, row)[j]
+
+    def dense(self, letter: str, layer: int, row: int = 0) -> Tensor:
+        """The dense ``[O, I]`` matrix of one row; for tests and merging only.
+
+        Raises:
+            WeightsError: The type or the layer has no weight here.
+        """
+        a, b = self.pair(letter, layer, row)
+        return b @ a.T
 
     def map(self, function: Callable[[Tensor], Tensor]) -> PerceptualWeights:
         """All factors after ``function``, for example a cast."""
@@ -166,8 +176,9 @@ class PerceptualWeights:
             for t, f in self.factors.items()
             for side in "ab"
         }
-        tensors["present"] = self.present
+        tensors["present"] = self.present.clone()
         header = {"format": _FORMAT, "version": str(_VERSION), "layers": json.dumps(self.layers)}
+        header["digest"] = digest(tensors)
         save_file(tensors, str(path), metadata={**(metadata or {}), **header, "types": self.types})
 
     @classmethod
@@ -192,6 +203,10 @@ class PerceptualWeights:
                 f"{path} is not a file of perceptual weights of version {_VERSION} "
                 f"(format {header.get('format')!r}, version {header.get('version')!r})."
             )
+        if "digest" in header and header["digest"] != digest(tensors):
+            raise CheckpointError(
+                f"{path} is damaged: its contents do not have the checksum in it."
+            )
         try:
             factors = {t: Factors(tensors[f"{t}.a"], tensors[f"{t}.b"]) for t in header["types"]}
             return cls(factors, tuple(json.loads(header["layers"])), tensors["present"])
@@ -202,6 +217,16 @@ class PerceptualWeights:
         """Apply ``function`` to the row dimension of what differs between images."""
         picked = self.map(lambda t: function(t) if t.ndim == 4 else t)
         return PerceptualWeights(picked.factors, self.layers, function(self.present))
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Hash of named tensors, 32 hexadecimal digits: names, dtypes, shapes and bytes."""
+    total = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        total.update(raw.numpy().data)
+    return total.hexdigest()
 
 
 def _row(factor: Tensor, row: int) -> Tensor:

@@ -103,7 +103,7 @@ def test_grouped_query_attention_works(mistral_dir: Path) -> None:
 
 def test_one_generator_cannot_make_factors_of_different_widths() -> None:
     shape = DecoderShape(4, {"q": 64, "o": 32}, {"q": 32, "o": 64})
-    with pytest.raises(ConfigError, match="weights_sep False needs one input width"):
+    with pytest.raises(ConfigError, match="weights_sep False needs one generated width"):
         make_generator(shape, types="qo", separate=False)
     assert make_generator(shape, types="qo")(torch.randn(1, PATCHES, VISUAL)).types == "qo"
 

@@ -6,8 +6,9 @@ The decoder is the one that LLaVA uses, unchanged: weights are added by hooks wh
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -15,14 +16,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .. import injection
+from .. import injection, merging
+from ..cache import PerceptionCache
 from ..config import VLoRAConfig
-from ..errors import ConfigError, PromptError, WeightsError
+from ..errors import ConfigError, MergeError, PromptError, WeightsError
 from ..generator import PerceptualWeightsGenerator
 from ..placeholder import IMAGE_TOKEN_INDEX, TextBatch, drop_slots, gap_positions
+from ..turns import turns
 from ..weights import PerceptualWeights
 from .checkpoint import load_checked, locate_vision_tower
 from .images import Images, image_batch
+
+_log = logging.getLogger("llava_vlora")
 
 
 @cache
@@ -41,6 +46,8 @@ class VLoRAMetaForCausalLM:
     base_class: type[Any]
     """The transformers class whose ``forward`` and ``generate`` do the work."""
     model_class: type[Any]
+    perception_cache: PerceptionCache | None = None
+    """Remembers images between calls, if set."""
 
     def __init__(self, config: Any) -> None:
         """Build the model as LLaVA does, with the generator for a projector."""
@@ -95,7 +102,18 @@ class VLoRAMetaForCausalLM:
         return cast(Tensor, tower(batch)).to(weight.device)
 
     def perceive(self, images: Images) -> PerceptualWeights:
-        """The perceptual weights of images ``[B, 3, H, W]`` (or a list of ``[3, H, W]``), one row each."""
+        """The perceptual weights of images ``[B, 3, H, W]`` (or a list of ``[3, H, W]``), one row each.
+
+        With a :class:`~llava_vlora.cache.PerceptionCache` in ``perception_cache``, an image that was seen before
+        does not run the vision tower again; training and calls that need gradients never use it.
+        """
+        if self.perception_cache is not None and not torch.is_grad_enabled():
+            tower = cast(Any, self).get_vision_tower()
+            if not tower.is_loaded:
+                tower.load_model()
+                tower.to(device=self.device, dtype=self.dtype)
+            batch = image_batch(images, tower.config.image_size)
+            return self.perception_cache.perceive(batch, self.generator, tower, self.image_features)
         return self.generator(self.image_features(images))
 
     def encode_images(self, images: Images) -> PerceptualWeights:
@@ -116,6 +134,10 @@ class VLoRAMetaForCausalLM:
     def seeing(self, weights: PerceptualWeights) -> AbstractContextManager[None]:
         """While open, this thread's calls see the images behind ``weights``."""
         return injection.seeing(cast(nn.Module, self), weights)
+
+    def merged(self, weights: PerceptualWeights) -> AbstractContextManager[None]:
+        """While open, the one image behind ``weights`` is part of the weights; see :func:`llava_vlora.merged`."""
+        return merging.merged(cast(nn.Module, self), weights)
 
     def drop_slots(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> TextBatch:
         """Take ``<image>`` slots out by this model's rule; see :func:`llava_vlora.placeholder.drop_slots`."""
@@ -200,7 +222,11 @@ class VLoRAMetaForCausalLM:
         given = {name: value for name, value in given.items() if value is not None}
         if "logits_to_keep" in _parameters(cast(Any, self.base_class)):
             given["logits_to_keep"] = logits_to_keep
-        with nullcontext() if weights is None else self.seeing(weights):
+        with ExitStack() as stack:
+            if not torch.compiler.is_compiling():
+                stack.enter_context(turns(self.model.layers).shared())
+            if weights is not None:
+                stack.enter_context(self.seeing(weights))
             return self.base_class.forward(self, **given)
 
     def _read_prompt(
@@ -238,14 +264,18 @@ class VLoRAMetaForCausalLM:
         inputs: Tensor | None = None,
         images: Images | None = None,
         image_sizes: Sequence[Sequence[int]] | None = None,
+        vlora_path: str = "auto",
         **kwargs: Any,
     ) -> Any:
         """LLaVA's ``generate``: prompts ``inputs [B, N]`` with or without ``<image>`` slots, any padding side.
 
         Takes all options of transformers' ``generate`` and, like LLaVA, returns the new tokens only.
+        ``vlora_path`` is ``merged`` (the image is folded into the weights, other threads wait), ``batched``
+        (added beside them) or ``auto``, see :func:`llava_vlora.merging.plan`; the choice is logged.
 
         Raises:
             PromptError: Images and slots do not go together.
+            MergeError: ``vlora_path`` is ``merged`` and that is impossible.
         """
         inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
         if inputs is None or kwargs.pop("inputs_embeds", None) is not None:
@@ -275,13 +305,53 @@ class VLoRAMetaForCausalLM:
             kwargs["after_slot"] = text.after_slot
         with ExitStack() as stack:
             if weights is not None:
-                stack.enter_context(injection.seeing(cast(nn.Module, self), weights, expand=True))
+                everywhere = images is None or bool(text.has_image.all())
+                self._show(stack, weights, everywhere, vlora_path, kwargs)
+            stack.enter_context(turns(self.model.layers).shared())
             return self.base_class.generate(
                 self,
                 inputs_embeds=self.model.embed_tokens(text.input_ids),
                 attention_mask=text.attention_mask.long(),
                 **kwargs,
             )
+
+    def _show(
+        self,
+        stack: ExitStack,
+        weights: PerceptualWeights,
+        everywhere: bool,
+        wanted: str,
+        options: Mapping[str, Any],
+    ) -> None:
+        """Show the image to the calls inside ``stack``, on the path that fits."""
+        model = cast(nn.Module, self)
+        if injection.active(model) is weights:
+            if wanted == "merged" and not turns(self.model.layers).mine:
+                raise MergeError(
+                    "The image is shown by seeing(), which adds it beside the weights; open "
+                    "`with model.merged(weights):` instead, or leave vlora_path out."
+                )
+        else:
+            chosen = merging.plan(
+                model,
+                weights,
+                seen_by_all=everywhere,
+                new_tokens=self._new_tokens(options),
+                wanted=wanted,
+            )
+            _log.info("generate: %s path (%s)", chosen.path, chosen.reason)
+            if chosen.path == "merged":
+                stack.enter_context(merging.merged(model, weights))
+                return
+        stack.enter_context(injection.seeing(model, weights, expand=True))
+
+    def _new_tokens(self, options: Mapping[str, Any]) -> int:
+        """The most tokens that ``generate`` with these options adds to a row."""
+        config = options.get("generation_config") or cast(Any, self).generation_config
+        for source in (options.get, lambda name: getattr(config, name, None)):
+            if (limit := source("max_new_tokens")) is not None:
+                return int(limit)
+        return int(options.get("max_length") or getattr(config, "max_length", None) or 20)
 
     def prepare_inputs_for_generation(
         self,

@@ -1,0 +1,165 @@
+"""Remembering what images became: many questions about one image run the vision tower and generator once.
+
+An entry is the generator's latents, one vector for each weight type and injected layer (40 KiB for LLaVA-1.5-7B
+in the paper's setting), and not the factors, which are a thousand times larger and one matrix product away.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ConfigError
+from .generator import PerceptualWeightsGenerator
+from .weights import PerceptualWeights, digest
+
+_log = logging.getLogger(__name__)
+_VERSION = "1"
+Latents = dict[str, Tensor]
+
+
+class _Fingerprint:
+    """Hash of modules, computed again only after a parameter was written to or replaced."""
+
+    def __init__(self) -> None:
+        self._state: tuple[object, ...] = ()
+        self._hash = ""
+
+    def of(self, *modules: nn.Module) -> str:
+        named = [(f"{i}.{n}", t) for i, m in enumerate(modules) for n, t in m.state_dict().items()]
+        state = tuple((n, t.data_ptr(), t._version, t.dtype, t.device) for n, t in named)
+        if state != self._state:
+            self._state, self._hash = state, digest(dict(named))
+        return self._hash
+
+
+class PerceptionCache:
+    """Latents by image content and by the weights of tower and generator; safe to use from many threads."""
+
+    def __init__(self, max_bytes: int = 256 * 2**20, folder: str | Path | None = None) -> None:
+        """An empty cache.
+
+        Args:
+            max_bytes: In memory; the entries that were used least recently go first.
+            folder: Also keep entries here, one file each, for later processes.
+
+        Raises:
+            ConfigError: ``max_bytes`` is not positive.
+        """
+        if max_bytes < 1:
+            raise ConfigError(f"max_bytes must be at least 1, not {max_bytes}.")
+        self.max_bytes, self.folder = max_bytes, Path(folder) if folder is not None else None
+        self.hits = self.misses = 0
+        self._entries: OrderedDict[str, Latents] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+        self._fingerprint = _Fingerprint()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the entries in memory."""
+        return self._bytes
+
+    def __len__(self) -> int:
+        """Entries in memory."""
+        return len(self._entries)
+
+    def clear(self) -> None:
+        """Forget the entries in memory; files stay."""
+        with self._lock:
+            self._entries.clear()
+            self._bytes = 0
+
+    def perceive(
+        self,
+        images: Tensor,
+        generator: PerceptualWeightsGenerator,
+        tower: nn.Module,
+        features: Callable[[Tensor], Tensor],
+    ) -> PerceptualWeights:
+        """The weights of ``images [B, 3, H, W]``; ``features`` runs for images that are not known yet."""
+        with self._lock:
+            source = self._fingerprint.of(generator, tower)
+        keys = [f"{source}-{digest({'image': image})}" for image in images]
+        found = {key: entry for key in dict.fromkeys(keys) if (entry := self._get(key)) is not None}
+        fresh = [key for key in dict.fromkeys(keys) if key not in found]
+        if fresh:
+            new = generator.latents(features(images[[keys.index(key) for key in fresh]]))
+            for row, key in enumerate(fresh):
+                entry = {letter: latent[row].detach().clone() for letter, latent in new.items()}
+                found[key] = entry
+                self._put(key, entry)
+        with self._lock:
+            self.misses += len(fresh)
+            self.hits += len(keys) - len(fresh)
+        like = generator.visual_proj.weight
+        return generator.expand(
+            {
+                letter: torch.stack([found[key][letter].to(like) for key in keys])
+                for letter in generator.config.types
+            }
+        )
+
+    def _get(self, key: str) -> Latents | None:
+        with self._lock:
+            if key in self._entries:
+                self._entries.move_to_end(key)
+                return self._entries[key]
+        entry = self._read(key)
+        if entry is not None:
+            self._keep(key, entry)
+        return entry
+
+    def _put(self, key: str, entry: Latents) -> None:
+        self._keep(key, entry)
+        if self.folder is not None:
+            self._write(self.folder / f"{key}.safetensors", entry)
+
+    def _keep(self, key: str, entry: Latents) -> None:
+        size = _size(entry)
+        with self._lock:
+            if key in self._entries or size > self.max_bytes:
+                return
+            self._entries[key] = entry
+            self._bytes += size
+            while self._bytes > self.max_bytes:
+                _, oldest = self._entries.popitem(last=False)
+                self._bytes -= _size(oldest)
+
+    def _read(self, key: str) -> Latents | None:
+        from safetensors import SafetensorError, safe_open
+
+        path = self.folder / f"{key}.safetensors" if self.folder is not None else None
+        if path is None or not path.is_file():
+            return None
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                header = file.metadata() or {}
+                entry = {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError) as error:
+            _log.warning("%s is damaged and is made again: %s", path, error)
+            return None
+        if header.get("version") != _VERSION or header.get("digest") != digest(entry):
+            _log.warning("%s is damaged or of another version and is made again.", path)
+            return None
+        return entry
+
+    def _write(self, path: Path, entry: Latents) -> None:
+        from safetensors.torch import save_file
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+        cpu = {name: tensor.cpu().contiguous() for name, tensor in entry.items()}
+        save_file(cpu, str(part), metadata={"version": _VERSION, "digest": digest(cpu)})
+        part.replace(path)  # whole or not at all, also with several processes
+
+
+def _size(entry: Mapping[str, Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in entry.values())
