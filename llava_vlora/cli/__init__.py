@@ -14,6 +14,7 @@ from ..errors import VLoRAError
 _VERBS = {
     "doctor": "llava_vlora.cli.doctor",
     "demo": "llava_vlora.cli.demo",
+    "export": "llava_vlora.cli.export",
 }
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from llava.conversation import conv_templates
 from llava.mm_utils import process_images, tokenizer_image_token
 from PIL import Image
@@ -71,6 +73,35 @@ def prompt_ids(
     conversation.append_message(conversation.roles[1], None)
     ids: Tensor = tokenizer_image_token(conversation.get_prompt(), tokenizer, return_tensors="pt")
     return ids
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Read an image file whole, as RGB.
+
+    Raises:
+        ImageError: The file is missing, damaged or not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            rgb: Image.Image = image.convert("RGB")
+            return rgb
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise ImageError(f"{path} cannot be read as an image: {error}.") from error
+
+
+def plain_llm(model: Any) -> Any:
+    """The language model inside a VLoRA model, as transformers' own class; the weights are shared."""
+    known = model.base_class.config_class
+    settings = {k: v for k, v in model.config.to_dict().items() if k in known().to_dict()}
+    config = known(
+        **{k: v for k, v in settings.items() if k not in ("model_type", "architectures")}
+    )
+    with init_empty_weights():  # buffers, such as rotary frequencies, are made for real
+        llm = model.base_class(config)
+    own = {name: tensor for name, tensor in model.state_dict().items() if name in llm.state_dict()}
+    llm.load_state_dict(own, assign=True)
+    llm.generation_config = model.generation_config
+    return llm.eval()
 
 
 def pixel_values(images: Sequence[Image.Image], loaded: Loaded) -> Tensor:
