@@ -78,10 +78,13 @@ def export_adapter(
         "layers_to_transform": list(one.layers),
         "layers_pattern": "layers",
     }
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    return _write(Path(out), config, tensors)
+
+
+def _write(folder: Path, config: dict[str, object], tensors: dict[str, Tensor]) -> Path:
     from safetensors.torch import save_file
 
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, str(folder / ADAPTER_WEIGHTS), metadata={"format": "pt"})
     (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return folder

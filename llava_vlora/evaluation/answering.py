@@ -45,6 +45,9 @@ def generate(
         New tokens ``[B, M]``; transformers 4.37 puts a BOS token before them.
     """
     pixels = None if images is None else pixel_values(images, loaded)
+    if hasattr(loaded.model, "vlora_config"):
+        # One path whatever the batch, so that answers and costs do not depend on how questions are grouped.
+        options = {"vlora_path": "batched", **options}
     result: Tensor = loaded.model.generate(
         ids.to(loaded.model.device),
         images=pixels,

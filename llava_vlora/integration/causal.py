@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -17,15 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import injection, merging
-from ..cache import PerceptionCache
-from ..config import VLoRAConfig
-from ..errors import ConfigError, MergeError, PromptError, WeightsError
-from ..generator import PerceptualWeightsGenerator
+from ..errors import MergeError, PromptError, WeightsError
 from ..placeholder import IMAGE_TOKEN_INDEX, TextBatch, drop_slots, gap_positions
 from ..turns import turns
 from ..weights import PerceptualWeights
 from .checkpoint import load_checked, locate_vision_tower
-from .images import Images, image_batch
+from .images import Images
+from .perception import VLoRAPerception
 
 _log = logging.getLogger("llava_vlora")
 
@@ -36,18 +34,13 @@ def _parameters(base_class: type[Any]) -> frozenset[str]:
     return frozenset(inspect.signature(base_class.forward).parameters)
 
 
-class VLoRAMetaForCausalLM:
+class VLoRAMetaForCausalLM(VLoRAPerception):
     """The calls of a VLoRA model, on top of a causal language model of transformers."""
 
     config: Any
-    training: bool
-    device: torch.device
-    dtype: torch.dtype
     base_class: type[Any]
     """The transformers class whose ``forward`` and ``generate`` do the work."""
     model_class: type[Any]
-    perception_cache: PerceptionCache | None = None
-    """Remembers images between calls, if set."""
 
     def __init__(self, config: Any) -> None:
         """Build the model as LLaVA does, with the generator for a projector."""
@@ -65,61 +58,6 @@ class VLoRAMetaForCausalLM:
         kwargs["config"] = locate_vision_tower(config, path)
         return load_checked(super().from_pretrained, path, *args, **kwargs)  # type: ignore[misc]
 
-    # --- what an image becomes ---------------------------------------------------------------------
-
-    def get_model(self) -> Any:
-        """The decoder with tower and generator, as LLaVA's code expects."""
-        return self.model
-
-    @property
-    def generator(self) -> PerceptualWeightsGenerator:
-        """The generator, LLaVA's ``mm_projector``."""
-        generator = getattr(self.model, "mm_projector", None)
-        if not isinstance(generator, PerceptualWeightsGenerator):
-            raise ConfigError(
-                "This model has no generator yet: it was loaded from a plain language model."
-            )
-        return generator
-
-    @property
-    def vlora_config(self) -> VLoRAConfig:
-        """The settings of the generator."""
-        return self.generator.config
-
-    def image_features(self, images: Images) -> Tensor:
-        """Patch features ``[B, V, visual_dim]`` of images ``[B, 3, H, W]``.
-
-        Raises:
-            ImageError: The images are not all of the vision tower's size.
-        """
-        tower = cast(Any, self).get_vision_tower()
-        if not tower.is_loaded:
-            tower.load_model()
-            tower.to(device=self.device, dtype=self.dtype)
-        weight = self.generator.visual_proj.weight
-        # The tower returns the dtype of the images, which LLaVA's evaluators halve whatever the model is in.
-        batch = image_batch(images, tower.config.image_size).to(weight.dtype)
-        return cast(Tensor, tower(batch)).to(weight.device)
-
-    def perceive(self, images: Images) -> PerceptualWeights:
-        """The perceptual weights of images ``[B, 3, H, W]`` (or a list of ``[3, H, W]``), one row each.
-
-        With a :class:`~llava_vlora.cache.PerceptionCache` in ``perception_cache``, an image that was seen before
-        does not run the vision tower again; training and calls that need gradients never use it.
-        """
-        if self.perception_cache is not None and not torch.is_grad_enabled():
-            tower = cast(Any, self).get_vision_tower()
-            if not tower.is_loaded:
-                tower.load_model()
-                tower.to(device=self.device, dtype=self.dtype)
-            batch = image_batch(images, tower.config.image_size)
-            return self.perception_cache.perceive(batch, self.generator, tower, self.image_features)
-        return self.generator(self.image_features(images))
-
-    def encode_images(self, images: Images) -> PerceptualWeights:
-        """LLaVA's name for :meth:`perceive`."""
-        return self.perceive(images)
-
     def prepare_inputs_labels_for_multimodal(self, *args: Any, **kwargs: Any) -> Any:
         """Not for this model: there are no visual tokens to put into the sequence."""
         raise PromptError(
@@ -127,53 +65,9 @@ class VLoRAMetaForCausalLM:
             "use drop_slots() and `with model.seeing(model.perceive(images)):`."
         )
 
-    def look(self, images: Images) -> Tensor:
-        """Where the generator looks: ``[B, T, K, V]`` by weight type, injected layer and patch; rows sum to one."""
-        return self.generator.look(self.image_features(images))
-
-    def seeing(self, weights: PerceptualWeights) -> AbstractContextManager[None]:
-        """While open, this thread's calls see the images behind ``weights``."""
-        return injection.seeing(cast(nn.Module, self), weights)
-
-    def merged(self, weights: PerceptualWeights) -> AbstractContextManager[None]:
-        """While open, the one image behind ``weights`` is part of the weights; see :func:`llava_vlora.merged`."""
-        return merging.merged(cast(nn.Module, self), weights)
-
     def drop_slots(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> TextBatch:
         """Take ``<image>`` slots out by this model's rule; see :func:`llava_vlora.placeholder.drop_slots`."""
         return drop_slots(input_ids, *args, rule=self.vlora_config.placeholder, **kwargs)
-
-    def _weights_for(self, images: Images, has_image: Tensor) -> PerceptualWeights | None:
-        """Weights for a batch whose rows ``has_image [B]`` see an image; None where nothing is to be added.
-
-        Only images that a row shows are encoded. In training at least one is, so that on every rank each
-        parameter of the generator takes part.
-        """
-        images = images[None] if isinstance(images, Tensor) and images.ndim == 3 else images
-        rows, size = has_image.nonzero().flatten(), len(has_image)
-        if len(images) not in (size, len(rows)):
-            raise PromptError(
-                f"{len(images)} images for {size} prompts, of which {len(rows)} have an <image>; "
-                "give one image for each prompt or for each <image>."
-            )
-        if not len(rows) and not self._trains():
-            return None
-        if len(rows) < len(images):
-            chosen = rows.tolist() or [0]
-            images = images[chosen] if isinstance(images, Tensor) else [images[i] for i in chosen]
-        weights = self.perceive(images)
-        if len(rows) == size:
-            return weights
-        return weights.scatter(rows, size) if len(rows) else weights.mask(has_image[:1])
-
-    def _trains(self) -> bool:
-        generator = getattr(self.model, "mm_projector", None)
-        return (
-            self.training
-            and torch.is_grad_enabled()
-            and generator is not None
-            and any(p.requires_grad for p in generator.parameters())
-        )
 
     # --- calls -------------------------------------------------------------------------------------
 
