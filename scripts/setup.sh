@@ -8,8 +8,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 stack=${1:-current}
 case $stack in
-    current) venv=.venv ;;
-    pinned) venv=.venv-pinned ;;
+    current) venv=.venv extras=llava,lora,quant,dev ;;
+    pinned) venv=.venv-pinned extras=llava,lora,dev ;;
     *) echo "setup: unknown stack '$stack'; choose current or pinned" >&2; exit 2 ;;
 esac
 constraints=scripts/constraints-$stack.txt
@@ -56,7 +56,7 @@ mkdir -p "$venv"
 pip=("$venv/bin/python" -m pip install --disable-pip-version-check --no-input -c "$constraints")
 step "make $venv with $("$python" --version)" "$python" -m venv "$venv"
 step "install torch" "${pip[@]}" torch==2.13.0
-step "install llava-vlora and its dependencies" "${pip[@]}" -e ".[llava,lora,dev]"
+step "install llava-vlora and its dependencies" "${pip[@]}" -e ".[$extras]"
 step "install $llava without its pins" "${pip[@]}" --no-deps "$llava"
 echo "$stamp" >"$venv/setup.stamp"
 echo "setup $stack: done, use $venv/bin/llava-vlora"
