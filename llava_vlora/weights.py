@@ -10,9 +10,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import CheckpointError, WeightsError, listing
 
@@ -167,8 +168,12 @@ class PerceptualWeights:
         factors = {letter: zero(factor) for letter, factor in self.factors.items()}
         return PerceptualWeights(factors, self.layers, self.present & keep)
 
-    def save(self, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-        """Write one safetensors file with a format version."""
+    def save(self, path: str | Path, generator: nn.Module | None = None) -> None:
+        """Write one safetensors file with a format version and a checksum.
+
+        With the ``generator`` that made the weights, its hash and settings are written too, so that
+        :meth:`load` can tell whether the file belongs to the model that reads it.
+        """
         from safetensors.torch import save_file
 
         tensors = {  # copies: safetensors refuses views that share memory
@@ -178,15 +183,28 @@ class PerceptualWeights:
         }
         tensors["present"] = self.present.clone()
         header = {"format": _FORMAT, "version": str(_VERSION), "layers": json.dumps(self.layers)}
-        header["digest"] = digest(tensors)
-        save_file(tensors, str(path), metadata={**(metadata or {}), **header, "types": self.types})
+        header |= {"types": self.types, "digest": digest(tensors)}
+        if generator is not None:
+            header["generator"] = digest(generator.state_dict())
+            header["config"] = json.dumps(cast(Any, generator).config.to_keys())
+        save_file(tensors, str(path), metadata=header)
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> PerceptualWeights:
+    def load(
+        cls,
+        path: str | Path,
+        device: torch.device | str = "cpu",
+        generator: nn.Module | None = None,
+    ) -> PerceptualWeights:
         """Read a file written by :meth:`save`.
 
+        Args:
+            path: The file.
+            device: Where the factors go.
+            generator: Accept only weights that this generator made, as it is now.
+
         Raises:
-            CheckpointError: The file is missing, damaged or of another format or version.
+            CheckpointError: The file is missing, damaged, of another format or version, or not from ``generator``.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -202,6 +220,11 @@ class PerceptualWeights:
             raise CheckpointError(
                 f"{path} is not a file of perceptual weights of version {_VERSION} "
                 f"(format {header.get('format')!r}, version {header.get('version')!r})."
+            )
+        if generator is not None and header.get("generator") != digest(generator.state_dict()):
+            made_by = header.get("config", "no generator that it names")
+            raise CheckpointError(
+                f"{path} holds weights of another generator (made by {made_by}); make them again with this model."
             )
         if "digest" in header and header["digest"] != digest(tensors):
             raise CheckpointError(

@@ -151,3 +151,20 @@ def test_saved_weights_with_a_flipped_bit_are_refused(model: Any, tmp_path: Path
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(CheckpointError, match="checksum"):
         PerceptualWeights.load(file)
+
+
+def test_saved_weights_know_their_generator(
+    model: Any, llm_dir: Path, tower_dir: Path, tmp_path: Path
+) -> None:
+    file, image = tmp_path / "image.safetensors", pictures(1)
+    weights = model.perceive(image)
+    weights.save(file, generator=model.generator)
+    assert equal(PerceptualWeights.load(file, generator=model.generator), weights)
+    with torch.no_grad():
+        model.generator.pos_embed.add_(1)
+    with pytest.raises(CheckpointError, match=r"another generator.*vlora_rank"):
+        PerceptualWeights.load(file, generator=model.generator)
+    weights.save(file)
+    with pytest.raises(CheckpointError, match="no generator that it names"):
+        PerceptualWeights.load(file, generator=model.generator)
+    assert equal(PerceptualWeights.load(file), weights)

@@ -43,7 +43,7 @@ class VLoRAArguments:
         default=None, metadata={"help": "Scale is alpha / rank (alpha = rank)."}
     )
     vlora_type: Optional[str] = field(
-        default=None, metadata={"help": "Weight types, letters of qkvom (qkvom)."}
+        default=None, metadata={"help": "Weight types, letters of qkvomgud (qkvom)."}
     )
     vlora_layers: Optional[str] = field(
         default=None, metadata={"help": "Injected layers from 0, such as 3,7,11."}
