@@ -119,9 +119,8 @@ class _Seen:
         low, b = self._low(place, x), self._fit(self.factors[place][1], x)
         if output.dtype != low.dtype or x.ndim != 3:
             return output + (F.linear(low, b) if b.ndim == 2 else low @ b.mT)
-        if (
-            b.ndim == 2
-        ):  # shared by all rows: one product for the whole batch, added as it is written
+        if b.ndim == 2:
+            # Shared by all rows: one product for the whole batch, added as it is written.
             flat = torch.addmm(output.flatten(0, 1), low.flatten(0, 1), b.T)
             return flat.view_as(output)
         return torch.baddbmm(output, low, b.mT)

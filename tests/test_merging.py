@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from accelerate import dispatch_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TextIteratorStreamer
 
@@ -227,6 +228,25 @@ def test_offloaded_weights_are_refused(llama: Any) -> None:
     decoder_layers(llama)[LAYERS[0]].self_attn.q_proj.to("meta")
     with pytest.raises(MergeError, match=r"offloaded.*seeing\(weights\)"):
         with llava_vlora.merged(llama, make_weights(llama, "q")):
+            pass
+
+
+def test_a_model_in_parts_sees_the_image_and_is_not_merged(llama: Any, tmp_path: Path) -> None:
+    """As with ``device_map="auto"`` on a small GPU: some layers wait on the disk until they are called."""
+    weights = make_weights(llama, "qkvomgud", rows=2)
+    plain = logits(llama)
+    with llava_vlora.seeing(llama, weights):
+        expected = logits(llama)
+    parts = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    parts |= {"model.rotary_emb": "cpu"} if hasattr(llama.model, "rotary_emb") else {}
+    parts |= {f"model.layers.{n}": "disk" if n == LAYERS[0] else "cpu" for n in range(4)}
+    dispatch_model(llama, parts, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    assert decoder_layers(llama)[LAYERS[0]].self_attn.q_proj.weight.is_meta
+    with llava_vlora.seeing(llama, weights):
+        torch.testing.assert_close(logits(llama), expected)
+    torch.testing.assert_close(logits(llama), plain)
+    with pytest.raises(MergeError, match="offloaded"):
+        with llava_vlora.merged(llama, weights.index([0])):
             pass
 
 
