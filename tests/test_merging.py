@@ -324,6 +324,22 @@ def test_the_plan_says_why(vlora: Any) -> None:
         plan(vlora, two, seen_by_all=True, new_tokens=9, wanted="merged")
 
 
+def test_the_model_has_a_default_path(vlora: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def chosen(**options: Any) -> str:
+        caplog.clear()
+        with caplog.at_level("INFO", "llava_vlora"):
+            vlora.generate(prompt(), images=pictures(1), max_new_tokens=MERGE_FROM, **options)
+        return caplog.text
+
+    assert "merged path" in chosen()
+    vlora.vlora_path = "batched"
+    try:
+        assert "batched path (asked for)" in chosen()
+        assert "merged path (asked for)" in chosen(vlora_path="merged")
+    finally:
+        del vlora.vlora_path
+
+
 # --- isolation ---------------------------------------------------------------------------------------
 
 

@@ -41,6 +41,8 @@ class VLoRAMetaForCausalLM(VLoRAPerception):
     base_class: type[Any]
     """The transformers class whose ``forward`` and ``generate`` do the work."""
     model_class: type[Any]
+    vlora_path: str = "auto"
+    """How calls of ``generate`` that do not say ``vlora_path`` themselves show their image."""
 
     def __init__(self, config: Any) -> None:
         """Build the model as LLaVA does, with the generator for a projector."""
@@ -158,7 +160,7 @@ class VLoRAMetaForCausalLM(VLoRAPerception):
         inputs: Tensor | None = None,
         images: Images | None = None,
         image_sizes: Sequence[Sequence[int]] | None = None,
-        vlora_path: str = "auto",
+        vlora_path: str | None = None,
         **kwargs: Any,
     ) -> Any:
         """LLaVA's ``generate``: prompts ``inputs [B, N]`` with or without ``<image>`` slots, any padding side.
@@ -200,7 +202,8 @@ class VLoRAMetaForCausalLM(VLoRAPerception):
         with ExitStack() as stack:
             if weights is not None:
                 everywhere = images is None or bool(text.has_image.all())
-                self._show(stack, weights, everywhere, vlora_path, kwargs)
+                wanted = self.vlora_path if vlora_path is None else vlora_path
+                self._show(stack, weights, everywhere, wanted, kwargs)
             stack.enter_context(turns(self.model.layers).shared())
             return self.base_class.generate(
                 self,
