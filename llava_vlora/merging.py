@@ -43,16 +43,9 @@ def merged(model: nn.Module, weights: PerceptualWeights) -> Iterator[None]:
         WeightsError: The weights do not fit the decoder, or this thread is inside a call of the model.
     """
     layers = fitting_layers(model, weights)
-    if turns(layers).mine:
-        raise MergeError("An image is merged into the model already; close that merged() first.")
     one = single_image(weights).detach()
-    folded = {t: f for t, f in one.factors.items() if TARGETS[t].mergeable}
-    beside = {t: f for t, f in one.factors.items() if t not in folded}
-    linears = [
-        (letter, layer, mergeable_linear(layers[layer].get_submodule(TARGETS[letter].path)))
-        for letter in folded
-        for layer in one.layers
-    ]
+    linears = _linears(layers, one)
+    beside = {t: f for t, f in one.factors.items() if not TARGETS[t].mergeable}
     with ExitStack() as stack:
         stack.enter_context(turns(layers).alone())
         originals: list[tuple[nn.Parameter, Tensor]] = []
@@ -76,6 +69,16 @@ def _restore(originals: list[tuple[nn.Parameter, Tensor]]) -> None:
         weight.data = tensor
 
 
+def _linears(layers: nn.ModuleList, weights: PerceptualWeights) -> list[tuple[str, int, nn.Linear]]:
+    """Weight type, decoder layer and linear layer of everything that a merge of ``weights`` changes."""
+    return [
+        (letter, layer, mergeable_linear(layers[layer].get_submodule(TARGETS[letter].path)))
+        for letter in weights.factors
+        if TARGETS[letter].mergeable
+        for layer in weights.layers
+    ]
+
+
 def single_image(weights: PerceptualWeights) -> PerceptualWeights:
     """The one row that all rows of ``weights`` are equal to.
 
@@ -84,20 +87,13 @@ def single_image(weights: PerceptualWeights) -> PerceptualWeights:
     """
     if not len(weights):
         raise MergeError("There are no perceptual weights to merge: the batch of images is empty.")
-    if not is_single_image(weights):
+    rows = [t for f in weights.factors.values() for t in (f.a, f.b) if t.ndim == 4]
+    if len(weights) > 1 and not all(bool((t == t[:1]).all()) for t in [weights.present, *rows]):
         raise MergeError(
             f"The {len(weights)} rows show different images, and weights can be merged with one image only; "
             "use `with model.seeing(weights):`, or merge them one after the other with weights.index([i])."
         )
     return weights.index([0])
-
-
-def is_single_image(weights: PerceptualWeights) -> bool:
-    """Whether all rows are equal."""
-    if len(weights) == 1:
-        return True
-    rows = [t for f in weights.factors.values() for t in (f.a, f.b) if t.ndim == 4]
-    return bool(len(weights)) and all(bool((t == t[:1]).all()) for t in [weights.present, *rows])
 
 
 def mergeable_linear(module: nn.Module) -> nn.Linear:
@@ -131,10 +127,7 @@ def unmergeable(model: nn.Module, weights: PerceptualWeights) -> str | None:
     """Why ``weights`` cannot be merged into ``model``, or None if they can."""
     try:
         single_image(weights)
-        layers = decoder_layers(model)
-        for letter in weights.factors:
-            if TARGETS[letter].mergeable:
-                mergeable_linear(layers[weights.layers[0]].get_submodule(TARGETS[letter].path))
+        _linears(decoder_layers(model), weights)
     except MergeError as error:
         return str(error)
     return None

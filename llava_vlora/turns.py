@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from .errors import WeightsError
+from .errors import MergeError, WeightsError
 
 _log = logging.getLogger(__name__)
 #: Seconds after which a waiting thread says whom it waits for.
@@ -22,14 +22,13 @@ _PATIENCE = 30.0
 
 
 class Turns:
-    """A lock with shared and exclusive use, first come first served, that a thread may enter repeatedly."""
+    """A lock with shared and exclusive use, first come first served; a thread may share it repeatedly."""
 
     def __init__(self) -> None:
         """A free lock."""
         self._changed = threading.Condition()
         self._readers: dict[int, int] = {}
         self._writer: int | None = None
-        self._depth = 0
         self._waiting = 0
 
     @contextmanager
@@ -56,32 +55,33 @@ class Turns:
         """Change the weights; waits until no other thread uses them.
 
         Raises:
+            MergeError: This thread has the decoder alone already.
             WeightsError: This thread is inside a call that shares the decoder; it would wait for itself.
         """
         me = threading.get_ident()
         with self._changed:
-            if self._writer != me and me in self._readers:
+            if self._writer == me:
+                raise MergeError(
+                    "An image is merged into the model already; close that merged() first."
+                )
+            if me in self._readers:
                 raise WeightsError(
                     "The model's weights cannot be changed from inside one of its own calls; enter merged() "
                     "before generate() or forward()."
                 )
-            if self._writer != me:
-                self._waiting += 1
-                try:
-                    self._wait(lambda: self._writer is None and not self._readers)
-                finally:
-                    self._waiting -= 1
-                    self._changed.notify_all()
+            self._waiting += 1
+            try:
+                self._wait(lambda: self._writer is None and not self._readers)
+            finally:
+                self._waiting -= 1
+                self._changed.notify_all()
             self._writer = me
-            self._depth += 1
         try:
             yield
         finally:
             with self._changed:
-                self._depth -= 1
-                if not self._depth:
-                    self._writer = None
-                    self._changed.notify_all()
+                self._writer = None
+                self._changed.notify_all()
 
     @property
     def mine(self) -> bool:
@@ -111,5 +111,8 @@ _LOCK = threading.Lock()
 
 def turns(layers: nn.ModuleList) -> Turns:
     """The lock of a decoder, found by its list of layers."""
-    with _LOCK:
-        return _TURNS.setdefault(layers, Turns())
+    with _LOCK:  # every forward pass asks, so no lock is made where there is one
+        found = _TURNS.get(layers)
+        if found is None:
+            found = _TURNS[layers] = Turns()
+        return found

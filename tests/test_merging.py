@@ -19,7 +19,7 @@ import llava_vlora
 from llava_vlora import PerceptualWeights
 from llava_vlora.decoder import TARGETS, decoder_layers, decoder_shape
 from llava_vlora.errors import ConfigError, MergeError, WeightsError
-from llava_vlora.merging import MERGE_FROM, plan
+from llava_vlora.merging import MERGE_FROM, plan, unmergeable
 from llava_vlora.turns import turns
 from llava_vlora.weights import Factors
 from tests.test_injection import CLOSE, LAYERS, RANK, hooks, logits
@@ -98,8 +98,10 @@ def test_both_paths_are_the_dense_merge(
 
 def test_each_row_of_a_batch_gets_its_own_ffn_weights(llama: Any) -> None:
     weights = make_weights(llama, "qkvgud", rows=2)
+    plain = logits(llama)
     with llava_vlora.seeing(llama, weights):
         both = logits(llama)
+    assert ((both - plain).abs().amax((1, 2)) > 0.01).all()
     for row in range(2):
         with llava_vlora.merged(llama, weights.index([row])):
             torch.testing.assert_close(both[row], logits(llama)[row], rtol=0, atol=1e-4)
@@ -237,6 +239,7 @@ def test_a_model_in_parts_sees_the_image_and_is_not_merged(llama: Any, tmp_path:
     plain = logits(llama)
     with llava_vlora.seeing(llama, weights):
         expected = logits(llama)
+    assert (expected - plain).abs().max() > 0.01
     parts = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
     parts |= {"model.rotary_emb": "cpu"} if hasattr(llama.model, "rotary_emb") else {}
     parts |= {f"model.layers.{n}": "disk" if n == LAYERS[0] else "cpu" for n in range(4)}
@@ -248,6 +251,12 @@ def test_a_model_in_parts_sees_the_image_and_is_not_merged(llama: Any, tmp_path:
     with pytest.raises(MergeError, match="offloaded"):
         with llava_vlora.merged(llama, weights.index([0])):
             pass
+    assert "offloaded" in str(unmergeable(llama, weights.index([0])))
+
+
+def test_a_layer_away_from_the_first_is_noticed(llama: Any) -> None:
+    decoder_layers(llama)[LAYERS[-1]].mlp.down_proj.to("meta")
+    assert "offloaded" in str(unmergeable(llama, make_weights(llama, "qd")))
 
 
 def test_integer_weights_are_refused(llama: Any) -> None:
