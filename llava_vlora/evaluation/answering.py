@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import DataError
-from ..integration.api import Loaded, pixel_values, prompt_ids
+from ..errors import DataError, ImageError
+from ..integration.api import Loaded, open_image, pixel_values, prompt_ids
 from .files import Question
 
 
@@ -20,14 +20,10 @@ def open_images(names: Sequence[str], folder: Path) -> list[Image.Image]:
     Raises:
         DataError: A file is missing or is no image.
     """
-    images = []
-    for name in names:
-        try:
-            with Image.open(folder / name) as image:
-                images.append(image.convert("RGB"))
-        except OSError as error:
-            raise DataError(f"Image {folder / name} cannot be read: {error}.") from error
-    return images
+    try:
+        return [open_image(folder / name) for name in names]
+    except ImageError as error:
+        raise DataError(str(error)) from error
 
 
 def generate(

@@ -92,13 +92,12 @@ def open_image(path: str | Path) -> Image.Image:
 def plain_llm(model: Any) -> Any:
     """The language model inside a VLoRA model, as transformers' own class; the weights are shared."""
     known = model.base_class.config_class
-    settings = {k: v for k, v in model.config.to_dict().items() if k in known().to_dict()}
-    config = known(
-        **{k: v for k, v in settings.items() if k not in ("model_type", "architectures")}
-    )
+    keys = known().to_dict().keys() - {"model_type", "architectures"}
+    config = known(**{k: v for k, v in model.config.to_dict().items() if k in keys})
     with init_empty_weights():  # buffers, such as rotary frequencies, are made for real
         llm = model.base_class(config)
-    own = {name: tensor for name, tensor in model.state_dict().items() if name in llm.state_dict()}
+    names = llm.state_dict().keys()
+    own = {name: tensor for name, tensor in model.state_dict().items() if name in names}
     llm.load_state_dict(own, assign=True)
     llm.generation_config = model.generation_config
     return llm.eval()

@@ -245,10 +245,12 @@ class VLoRAMetaForCausalLM(VLoRAPerception):
     def _new_tokens(self, options: Mapping[str, Any]) -> int:
         """The most tokens that ``generate`` with these options adds to a row."""
         config = options.get("generation_config") or cast(Any, self).generation_config
-        for source in (options.get, lambda name: getattr(config, name, None)):
-            if (limit := source("max_new_tokens")) is not None:
-                return int(limit)
-        return int(options.get("max_length") or getattr(config, "max_length", None) or 20)
+        limits = (
+            limit
+            for name in ("max_new_tokens", "max_length")
+            for limit in (options.get(name), getattr(config, name, None))
+        )
+        return int(next((limit for limit in limits if limit is not None), 20))
 
     def prepare_inputs_for_generation(
         self,
