@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigError
+from .errors import CheckpointError, ConfigError
 from .generator import PerceptualWeightsGenerator
-from .weights import PerceptualWeights, digest
+from .weights import PerceptualWeights, digest, read_tensors
 
 _log = logging.getLogger(__name__)
 _VERSION = "1"
@@ -134,16 +134,12 @@ class PerceptionCache:
                 self._bytes -= _size(oldest)
 
     def _read(self, key: str) -> Latents | None:
-        from safetensors import SafetensorError, safe_open
-
         path = self.folder / f"{key}.safetensors" if self.folder is not None else None
         if path is None or not path.is_file():
             return None
         try:
-            with safe_open(str(path), framework="pt") as file:
-                header = file.metadata() or {}
-                entry = {name: file.get_tensor(name) for name in file.keys()}
-        except (OSError, SafetensorError) as error:
+            header, entry = read_tensors(path)
+        except CheckpointError as error:
             _log.warning("%s is damaged and is made again: %s", path, error)
             return None
         if header.get("version") != _VERSION or header.get("digest") != digest(entry):

@@ -206,16 +206,7 @@ class PerceptualWeights:
         Raises:
             CheckpointError: The file is missing, damaged, of another format or version, or not from ``generator``.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(str(path), framework="pt", device=str(device)) as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{path} cannot be read as perceptual weights: {error}."
-            ) from error
+        header, tensors = read_tensors(path, device)
         if header.get("format") != _FORMAT or header.get("version") != str(_VERSION):
             raise CheckpointError(
                 f"{path} is not a file of perceptual weights of version {_VERSION} "
@@ -240,6 +231,19 @@ class PerceptualWeights:
         """Apply ``function`` to the row dimension of what differs between images."""
         picked = self.map(lambda t: function(t) if t.ndim == 4 else t)
         return PerceptualWeights(picked.factors, self.layers, function(self.present))
+
+
+def read_tensors(
+    path: str | Path, device: torch.device | str = "cpu"
+) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file; ``CheckpointError`` if it is missing or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt", device=str(device)) as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read as perceptual weights: {error}.") from error
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
