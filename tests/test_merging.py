@@ -22,7 +22,7 @@ from llava_vlora.errors import ConfigError, MergeError, WeightsError
 from llava_vlora.merging import MERGE_FROM, plan, unmergeable
 from llava_vlora.turns import turns
 from llava_vlora.weights import Factors
-from tests.test_injection import CLOSE, LAYERS, RANK, hooks, logits
+from tests.test_injection import CLOSE, IDS, LAYERS, RANK, hooks, logits
 from tests.test_injection import merged as dense_copy
 from tests.test_llava_generation import answer, pictures, prompt
 from tests.tiny import make_vlora
@@ -397,6 +397,46 @@ def test_a_failed_or_abandoned_stream_leaves_nothing(vlora: Any) -> None:
             )
         assert_untouched(vlora.model.layers, before)
         assert not turns(vlora.model.layers).busy
+
+
+def test_an_answer_in_progress_keeps_others_from_merging(vlora: Any) -> None:
+    weights, reasons = vlora.perceive(pictures(1)), []
+
+    class Streamer(TextIteratorStreamer):
+        def __init__(self) -> None:
+            pass
+
+        def put(self, value: Tensor) -> None:
+            # From between two steps, where no forward pass runs.
+            with ThreadPoolExecutor(1) as pool:
+                job = pool.submit(plan, vlora, weights, seen_by_all=True, new_tokens=MERGE_FROM)
+                reasons.append(job.result(timeout=WAIT).reason)
+
+        def end(self) -> None:
+            pass
+
+    vlora.generate(prompt(slot=None), streamer=Streamer(), max_new_tokens=3)
+    assert reasons
+    assert set(reasons[1:]) == {"another call is using the model"}
+    assert plan(vlora, weights, seen_by_all=True, new_tokens=MERGE_FROM).path == "merged"
+
+
+@torch.no_grad()
+def test_a_call_that_breaks_off_between_q_and_k_leaves_nothing_to_the_next(llama: Any) -> None:
+    weights = make_weights(llama, "qkv")
+    with llava_vlora.seeing(llama, weights):
+        expected = logits(llama)
+
+    def fail(module: nn.Module, args: object) -> None:
+        raise ZeroDivisionError
+
+    k_proj = decoder_layers(llama)[LAYERS[0]].self_attn.k_proj
+    with llava_vlora.seeing(llama, weights):
+        handle = k_proj.register_forward_pre_hook(fail)
+        with pytest.raises(ZeroDivisionError):
+            llama(IDS + 1)
+        handle.remove()
+        assert torch.equal(logits(llama), expected)
 
 
 def test_a_merge_waits_for_calls_and_calls_wait_for_it(llama: Any) -> None:
