@@ -168,3 +168,30 @@ def test_saved_weights_know_their_generator(
     with pytest.raises(CheckpointError, match="no generator that it names"):
         PerceptualWeights.load(file, generator=model.generator)
     assert equal(PerceptualWeights.load(file), weights)
+
+
+def test_replaced_weights_and_modules_are_noticed(model: Any) -> None:
+    images = pictures(1)
+    model.perception_cache = PerceptionCache()
+    with torch.no_grad():
+        model.perceive(images)
+        head = model.generator.gen[0].weights_head
+        head.weight = torch.nn.Parameter(head.weight.detach() * 2)
+        changed = model.perceive(images)
+        model.generator.norm_added = torch.nn.LayerNorm(2)  # a new part without a tensor changed
+        model.perceive(images)
+    assert model.perception_cache.misses == 3
+    model.perception_cache = None
+    with torch.no_grad():
+        assert equal(changed, model.perceive(images))
+
+
+def test_models_made_under_inference_mode_have_a_fingerprint(
+    llm_dir: Path, tower_dir: Path
+) -> None:
+    with torch.inference_mode():
+        made = make_vlora(llm_dir, tower_dir)
+        made.perception_cache = PerceptionCache()
+        made.perceive(pictures(1))
+        made.perceive(pictures(1))
+    assert (made.perception_cache.hits, made.perception_cache.misses) == (1, 1)

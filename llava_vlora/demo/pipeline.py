@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import platform
 import random
 import shlex
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 
 from rich.console import Console
 
+from .. import provenance
 from ..errors import ConfigError
 from ..evaluation.files import Question, read_questions, write_json, write_text
 from ..evaluation.pope import pope_score
@@ -33,7 +30,6 @@ _CONTENTS = (
     *(f"memory-{name}.json" for name in PROJECTORS),
     *("report.json", "report.html"),
 )
-_PACKAGES = ("torch", "transformers", "accelerate", "llava-torch", "llava-vlora")
 _SAMPLES = 12
 
 
@@ -84,9 +80,9 @@ class Demo:
                 "settings": asdict(self.settings),
                 "recipe": asdict(self.settings.recipe()),
                 "commands": commands,
-                "versions": _versions(),
-                "commit": _commit(),
-                "machine": {"platform": platform.platform(), "cores": os.cpu_count()},
+                "versions": provenance.versions(),
+                "commit": provenance.commit(),
+                "machine": provenance.machine(),
                 "seconds": self.seconds,
             },
         )
@@ -227,24 +223,3 @@ def pick_samples(questions: list[Question], count: int, seed: int) -> list[Quest
     while len(chosen) < min(count, len(questions)):
         chosen += [group.pop() for _, group in turns if group]
     return chosen[:count]
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def _commit() -> str | None:
-    """The commit of the source tree this package runs from, if it is one."""
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

@@ -17,7 +17,7 @@ from .collect import Report
 #: Colours of Okabe and Ito, told apart by colour-blind readers too.
 COLORS = {"llava": "#0072B2", "vlora": "#D55E00", "blind": "#999999"}
 NAMES = {"llava": "LLaVA", "vlora": "VLoRA", "blind": "Blind (LLaVA without the image)"}
-_INK, _GRID = "#1f2933", "#e4e7eb"
+_INK, GRID = "#1f2933", "#e4e7eb"
 _PARTS = {"vision": "vision tower", "connector": "connector", "prefill": "language model"}
 _PART_COLORS = {"vision": "#c3ccd5", "connector": "#E69F00", "prefill": "#56B4E9"}
 _STAGE_NAMES = {"pretrain": "1. Pretraining: captions", "finetune": "2. Fine-tuning: questions"}
@@ -26,7 +26,7 @@ _STYLE: dict[str, Any] = {"edgecolor": "white", "linewidth": 0.5}
 
 def accuracy_plot(report: Report) -> Figure:
     """Accuracy for each question type with 95 % intervals, beside chance."""
-    figure, (axes,) = _figure(10.5, 4.2, 1)
+    figure, (axes,) = new_figure(10.5, 4.2, 1)
     categories = report["categories"]
     width = 0.26
     for offset, (name, rows) in enumerate(report["accuracy"].items()):
@@ -46,7 +46,7 @@ def accuracy_plot(report: Report) -> Figure:
         axes.plot([i - 0.45, i + 0.45], [level, level], color=_INK, ls=(0, (3, 2)), label=label)
     counts = report["accuracy"]["llava"]
     axes.set_xticks(range(len(categories)), [f"{c}\nn = {counts[c]['total']}" for c in categories])
-    axes.axvline(len(categories) - 1.5, color=_GRID, lw=1.5)
+    axes.axvline(len(categories) - 1.5, color=GRID, lw=1.5)
     axes.set_ylabel("Exact match, %")
     axes.set_ylim(0, 105)
     handles, labels = axes.get_legend_handles_labels()
@@ -63,7 +63,7 @@ def accuracy_plot(report: Report) -> Figure:
 
 def loss_plot(report: Report) -> Figure:
     """Training loss of both models in both stages."""
-    figure, both = _figure(10.5, 3.2, 2)
+    figure, both = new_figure(10.5, 3.2, 2)
     for axes, (stage, title) in zip(both, _STAGE_NAMES.items(), strict=True):
         for model, stages in report["training"].items():
             steps, losses = zip(*stages[stage]["loss"], strict=True)
@@ -79,7 +79,7 @@ def loss_plot(report: Report) -> Figure:
 
 def cost_plot(report: Report) -> Figure:
     """Tokens, FLOPs, times and memory of answering one question."""
-    figure, axes = _figure(10.5, 2.6, 5)
+    figure, axes = new_figure(10.5, 2.6, 5)
     models = report["cost"]["models"]
     memory = report["memory"]
     panels: tuple[tuple[str, Callable[[str], float]], ...] = (
@@ -97,7 +97,7 @@ def cost_plot(report: Report) -> Figure:
 
 def released_plot(report: Report) -> Figure:
     """Computed FLOPs at the size of LLaVA-1.5 7B against the number of image patches."""
-    figure, (axes,) = _figure(10.5, 3.2, 1)
+    figure, (axes,) = new_figure(10.5, 3.2, 1)
     rows = report["released"]["rows"]
     patches = [row["patches"] for row in rows]
     for model in ("llava", "vlora"):
@@ -125,15 +125,18 @@ def save(figure: Figure, path: Path) -> None:
     os.replace(partial, path)
 
 
-def _figure(width: float, height: float, panels: int) -> tuple[Figure, list[Axes]]:
+def new_figure(
+    width: float, height: float, panels: int, rows: int = 1
+) -> tuple[Figure, list[Axes]]:
+    """A figure of ``width`` by ``height`` inches with panels in rows, in the style of all reports."""
     # Without pyplot there is no global state, and no display is looked for.
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    axes = list(figure.subplots(rows, -(-panels // rows), squeeze=False).flat)
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
         panel.spines[["left", "bottom"]].set_color("#9aa5b1")
-        panel.grid(axis="y", color=_GRID)
+        panel.grid(axis="y", color=GRID)
         panel.set_axisbelow(True)
         panel.tick_params(colors=_INK, labelsize=9)
     return figure, axes

@@ -1,0 +1,213 @@
+"""One run of the benchmark: all parts, one after the other, on models built once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig
+
+from .. import provenance
+from ..errors import ConfigError, listing
+from ..integration.fresh import Models, random_models
+from .calls import IMAGE_STEPS, Calls
+from .shapes import Shape
+from .timing import Prepared, in_turns, peak_bytes
+
+_ALL = ("text", "llava", "batched", "merged")
+#: Part -> what it measures.
+PARTS = {
+    "prefill": "reading the prompt, image encoded before",
+    "first": "from pixels and prompt to the first token",
+    "decode": "a further token",
+    "answer": "a whole answer through generate()",
+    "image": "what an image costs once",
+    "memory": "peak memory to the first token, bytes of an image",
+    "visual": "connector and prefill against the number of visual tokens",
+    "text": "connector and prefill against the length of the text",
+}
+VISUAL_TOKENS = (144, 576, 2880)
+TEXT_TOKENS = (16, 64, 256, 1024)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user chooses."""
+
+    shape: Shape
+    device: torch.device
+    dtype: torch.dtype
+    rounds: int = 5
+    batches: tuple[int, ...] = (1, 8, 32)
+    text_tokens: int = 64
+    steps: int = 16
+    """Tokens of a measured stretch of decoding and of an answer."""
+    parts: tuple[str, ...] = tuple(PARTS)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured.
+
+        Raises:
+            ConfigError: A number is below one, or a part is unknown.
+        """
+        unknown = [part for part in self.parts if part not in PARTS]
+        if unknown or not self.parts:
+            raise ConfigError(f"--parts {listing(unknown) or 'is empty'}; valid: {listing(PARTS)}.")
+        for name, value in (
+            ("--rounds", self.rounds),
+            (
+                "--text-tokens",
+                self.text_tokens - 1,
+            ),  # the image's slot stands after the first token
+            ("--steps", self.steps),
+            ("--batch", min(self.batches, default=0)),
+        ):
+            if value < 1:
+                raise ConfigError(f"{name} is too small: {value}.")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measured call."""
+
+    part: str
+    system: str
+    seconds: Sequence[float]
+    """One number for each round."""
+    batch: int = 1
+    text: int = 0
+    """Text tokens of the prompt."""
+    visual: int = 0
+    """Visual tokens, or patches."""
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Calls that are measured in turns."""
+
+    part: str
+    systems: Sequence[str]
+    make: Callable[[str], Prepared]
+    sizes: Mapping[str, int]
+    each: int = 1
+    """By how much to divide the seconds of a call."""
+
+
+class Bench:
+    """The models of one shape and the measurements on them."""
+
+    def __init__(self, options: Options) -> None:
+        """Build the models."""
+        self.options = options
+        shape = options.shape
+        with torch.inference_mode(False), torch.no_grad():
+            self.models: Models = random_models(
+                LlamaConfig(**shape.language),
+                CLIPVisionConfig(**shape.vision),
+                shape.settings,
+                device=options.device,
+                dtype=options.dtype,
+            )
+        self.calls = Calls(self.models, shape.patches)
+
+    def work(self) -> int:
+        """Calls that :meth:`run` makes."""
+        return sum(len(group.systems) * (self.options.rounds + 1) for group in self._groups())
+
+    @torch.inference_mode()
+    def run(self, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+        """Measure; ``progress`` is called with a part's name after each call."""
+        start, cells = time.perf_counter(), list[Cell]()
+        for group in self._groups():
+            calls = {system: group.make(system) for system in group.systems}
+            step = partial(progress, group.part)
+            found = in_turns(calls, self.options.rounds, self.options.device, step)
+            cells += [
+                Cell(group.part, system, [s / group.each for s in seconds], **group.sizes)
+                for system, seconds in found.items()
+            ]
+        memory = self._memory() if "memory" in self.options.parts else None
+        return {
+            "shape": dataclasses.asdict(self.options.shape)
+            | {"patches": self.options.shape.patches},
+            "options": {
+                "rounds": self.options.rounds,
+                "text_tokens": self.options.text_tokens,
+                "steps": self.options.steps,
+                "dtype": str(self.options.dtype).removeprefix("torch."),
+            },
+            "device": _device(self.options.device),
+            "versions": provenance.versions(),
+            "commit": provenance.commit(),
+            "machine": provenance.machine(),
+            "parameters": self._parameters(),
+            "cells": [dataclasses.asdict(cell) for cell in cells],
+            "memory": memory,
+            "minutes": (time.perf_counter() - start) / 60,
+        }
+
+    def _groups(self) -> Iterator[_Group]:
+        """All calls, to be made when their turn comes: they hold caches and inputs."""
+        options, calls = self.options, self.calls
+        text, visual, steps = options.text_tokens, options.shape.patches, options.steps
+        usual = {"text": text, "visual": visual}
+        image = functools.cache(calls.image_work)
+        by_part: dict[str, list[_Group]] = {part: [] for part in PARTS}
+
+        def add(
+            part: str, systems: Sequence[str], make: Callable[[str], Prepared], **sizes: int
+        ) -> None:
+            each = steps if part == "decode" else 1
+            by_part[part].append(_Group(part, systems, make, usual | sizes, each))
+
+        add("prefill", _ALL, partial(calls.prefill, text=text, visual=visual))
+        add("first", (*_ALL, "cached"), partial(calls.first_token, text=text))
+        for n in options.batches:
+            make = partial(calls.decode, batch=n, text=text, visual=visual, steps=steps)
+            add("decode", (*_ALL, "idle"), make, batch=n)
+        add("answer", (*_ALL, "cached", "idle"), partial(calls.answer, text=text, tokens=steps))
+        add("image", IMAGE_STEPS, lambda step: image()[step])
+        grows = ("text", "llava", "batched")
+        for n in VISUAL_TOKENS:
+            add("visual", grows, partial(calls.from_features, text=text, visual=n), visual=n)
+        for n in TEXT_TOKENS:
+            add("text", grows, partial(calls.from_features, text=n, visual=visual), text=n)
+        return itertools.chain.from_iterable(by_part[part] for part in options.parts)
+
+    def _memory(self) -> dict[str, Any]:
+        text, peaks = self.options.text_tokens, dict[str, int | None]()
+        for system in (*_ALL, "cached"):
+            with self.calls.first_token(system, text)() as call:
+                peaks[system] = peak_bytes(call, self.options.device)
+        return {
+            "peak_beyond_weights": peaks,
+            "image": self.calls.image_bytes(text, self.options.shape.patches),
+        }
+
+    def _parameters(self) -> dict[str, int]:
+        """Bytes of weights, by part."""
+        models = self.models
+        parts = {
+            "language model": models.text,
+            "vision tower": models.tower,
+            "projector": models.llava.model.mm_projector,
+            "generator": models.vlora.generator,
+        }
+        return {
+            name: sum(p.numel() * p.element_size() for p in part.parameters())
+            for name, part in parts.items()
+        }
+
+
+def _device(device: torch.device) -> dict[str, Any]:
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return {"type": "cuda", "name": name, "cuda": torch.version.cuda}
+    return {"type": "cpu", "name": provenance.processor(), "threads": torch.get_num_threads()}
