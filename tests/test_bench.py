@@ -203,3 +203,34 @@ def test_mistakes_are_named(wrong: str, message: str, capsys: pytest.CaptureFixt
 def test_options_need_a_prompt_with_room_for_the_image() -> None:
     with pytest.raises(ConfigError, match="--text-tokens"):
         replace(Options(shape("tiny"), CPU, torch.float32), text_tokens=1)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_language_model_is_counted_and_never_merged(bits: int) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed on this stack")
+    options = Options(
+        shape("tiny"),
+        CPU,
+        torch.float32,
+        1,
+        (1,),
+        steps=2,
+        bits=bits,
+        parts=("decode", "image", "memory"),
+    )
+    result = Bench(options).run()
+    assert {c["system"] for c in result["cells"] if c["part"] == "decode"} == {
+        "text",
+        "llava",
+        "batched",
+        "idle",
+    }
+    assert "merge" not in {c["system"] for c in result["cells"]}
+    language = SHAPES["tiny"].language
+    width, mlp, layers = (
+        language[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers")
+    )
+    quantised = layers * (4 * width**2 + 3 * width * mlp)
+    rest = 4 * (2 * language["vocab_size"] * width + (2 * layers + 1) * width)
+    scales = result["weights"]["language model"] - rest - quantised * bits // 8
+    assert 0 < scales < 0.05 * quantised

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from llava_vlora.config import VLoRAConfig
-from llava_vlora.decoder import DecoderShape
+from llava_vlora.decoder import DecoderShape, decoder_shape
 from llava_vlora.evaluation.cost import (
     CLIP_L_336,
     VICUNA_7B,
@@ -23,6 +23,7 @@ from llava_vlora.evaluation.cost import (
     vision_shape,
 )
 from llava_vlora.generator import PerceptualWeightsGenerator
+from llava_vlora.injection import seeing
 
 CLIP = CLIPVisionConfig(
     hidden_size=48,
@@ -78,6 +79,21 @@ def test_generator(separate: bool) -> None:
     vision, language = vision_shape(CLIP.to_dict()), language_shape(LLAMA.to_dict())
     measured = counted_macs(lambda: generator(torch.zeros(1, 16, 48)))
     assert generator_macs(config, vision, language) == pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.parametrize("config", [LLAMA, GQA], ids=["multi-head", "grouped-query"])
+def test_ffn_weight_types_count_their_rectangular_factors(config: LlamaConfig) -> None:
+    settings = VLoRAConfig(dim=32, depth=2, heads=4, rank=8, every=2, types="qkvogud")
+    model = LlamaForCausalLM._from_config(config, attn_implementation="eager")
+    vision, language = vision_shape(CLIP.to_dict()), language_shape(config.to_dict())
+    generator = PerceptualWeightsGenerator(settings, decoder_shape(model, settings.types), 48, 16)
+    measured = counted_macs(lambda: generator(torch.zeros(1, 16, 48)))
+    assert generator_macs(settings, vision, language) == pytest.approx(measured, rel=0.01)
+    weights, ids = generator(torch.zeros(1, 16, 48)), torch.arange(23).unsqueeze(0)
+    plain = counted_macs(lambda: model(ids))
+    with seeing(model, weights):
+        seen = counted_macs(lambda: model(ids))
+    assert 23 * low_rank_macs(settings, language) == seen - plain
 
 
 def test_projector_and_low_rank_paths() -> None:

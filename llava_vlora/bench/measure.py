@@ -21,7 +21,6 @@ from .calls import IMAGE_STEPS, Calls
 from .shapes import Shape
 from .timing import Prepared, in_turns, peak_bytes
 
-_ALL = ("text", "llava", "batched", "merged")
 #: Part -> what it measures.
 PARTS = {
     "prefill": "reading the prompt, image encoded before",
@@ -50,6 +49,13 @@ class Options:
     steps: int = 16
     """Tokens of a measured stretch of decoding and of an answer."""
     parts: tuple[str, ...] = tuple(PARTS)
+    bits: int | None = None
+    """8 or 4: the decoder layers are quantised with bitsandbytes; there is no merging then."""
+
+    @property
+    def systems(self) -> tuple[str, ...]:
+        """What is compared everywhere."""
+        return ("text", "llava", "batched", *(() if self.bits else ("merged",)))
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured.
@@ -114,8 +120,10 @@ class Bench:
                 shape.settings,
                 device=options.device,
                 dtype=options.dtype,
+                bits=options.bits,
             )
         self.calls = Calls(self.models, shape.patches)
+        self.weights = self._weight_bytes()  # now: bitsandbytes moves its scales at the first call
 
     def work(self) -> int:
         """Calls that :meth:`run` makes."""
@@ -141,13 +149,14 @@ class Bench:
                 "rounds": self.options.rounds,
                 "text_tokens": self.options.text_tokens,
                 "steps": self.options.steps,
+                "bits": self.options.bits,
                 "dtype": str(self.options.dtype).removeprefix("torch."),
             },
             "device": _device(self.options.device),
             "versions": provenance.versions(),
             "commit": provenance.commit(),
             "machine": provenance.machine(),
-            "parameters": self._parameters(),
+            "weights": self.weights,
             "cells": [dataclasses.asdict(cell) for cell in cells],
             "memory": memory,
             "minutes": (time.perf_counter() - start) / 60,
@@ -167,13 +176,17 @@ class Bench:
             each = steps if part == "decode" else 1
             by_part[part].append(_Group(part, systems, make, usual | sizes, each))
 
-        add("prefill", _ALL, partial(calls.prefill, text=text, visual=visual))
-        add("first", (*_ALL, "cached"), partial(calls.first_token, text=text))
+        every = options.systems
+        add("prefill", every, partial(calls.prefill, text=text, visual=visual))
+        add("first", (*every, "cached"), partial(calls.first_token, text=text))
         for n in options.batches:
             make = partial(calls.decode, batch=n, text=text, visual=visual, steps=steps)
-            add("decode", (*_ALL, "idle"), make, batch=n)
-        add("answer", (*_ALL, "cached", "idle"), partial(calls.answer, text=text, tokens=steps))
-        add("image", IMAGE_STEPS, lambda step: image()[step])
+            add("decode", (*every, "idle"), make, batch=n)
+        add("answer", (*every, "cached", "idle"), partial(calls.answer, text=text, tokens=steps))
+        steps_of_image = [
+            s for s in IMAGE_STEPS if not (options.bits and s in ("merge", "restore"))
+        ]
+        add("image", steps_of_image, lambda step: image()[step])
         grows = ("text", "llava", "batched")
         for n in VISUAL_TOKENS:
             add("visual", grows, partial(calls.from_features, text=text, visual=n), visual=n)
@@ -183,7 +196,7 @@ class Bench:
 
     def _memory(self) -> dict[str, Any]:
         text, peaks = self.options.text_tokens, dict[str, int | None]()
-        for system in (*_ALL, "cached"):
+        for system in (*self.options.systems, "cached"):
             with self.calls.first_token(system, text)() as call:
                 peaks[system] = peak_bytes(call, self.options.device)
         return {
@@ -191,7 +204,7 @@ class Bench:
             "image": self.calls.image_bytes(text, self.options.shape.patches),
         }
 
-    def _parameters(self) -> dict[str, int]:
+    def _weight_bytes(self) -> dict[str, int]:
         """Bytes of weights, by part."""
         models = self.models
         parts = {
@@ -201,9 +214,23 @@ class Bench:
             "generator": models.vlora.generator,
         }
         return {
-            name: sum(p.numel() * p.element_size() for p in part.parameters())
+            name: sum(_bytes(p) + _scales(p) for p in part.parameters())
             for name, part in parts.items()
         }
+
+
+def _bytes(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.numel() * tensor.element_size()
+
+
+def _scales(parameter: torch.Tensor) -> int:
+    """Bytes that bitsandbytes keeps beside a quantised weight."""
+    state = getattr(parameter, "quant_state", None)
+    found = _bytes(getattr(parameter, "SCB", None))
+    while state is not None:
+        found += _bytes(state.absmax) + _bytes(state.code)
+        state = getattr(state, "state2", None)
+    return found
 
 
 def _device(device: torch.device) -> dict[str, Any]:

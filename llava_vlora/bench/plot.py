@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from ..report.plots import GRID, new_figure
 from .calls import SYSTEMS
-from .summary import Result, groups, ratio
+from .summary import Result, groups, precision, ratio
 
 _COLORS = {
     "text": "#7b8794",
@@ -43,7 +43,7 @@ def bench_plot(result: Result) -> Figure:
         empty.set_axis_off()
     shape, device = result["shape"], result["device"]
     figure.suptitle(
-        f"{shape['name']} ({shape['what']}), {result['options']['dtype']}, {device['name']}",
+        f"{shape['name']} ({shape['what']}), {precision(result)}, {device['name']}",
         fontsize=10,
     )
     return figure

@@ -41,6 +41,12 @@ class Target:
     met: bool
 
 
+def precision(result: Result) -> str:
+    """``float32``, or ``4 bits, float32``."""
+    bits, dtype = result["options"]["bits"], result["options"]["dtype"]
+    return f"{bits} bits, {dtype}" if bits else str(dtype)
+
+
 def _key(cell: _Cell) -> tuple[Any, ...]:
     return cell["part"], cell["batch"], cell["text"], cell["visual"]
 
@@ -69,12 +75,10 @@ def targets(result: Result) -> list[Target]:
     found = []
     for group in groups(result, "decode"):
         if group["text"]["batch"] == 1:
-            speed = ratio(group["text"], group["merged"])
-            found.append(
-                Target(
-                    "decoding speed, merged, over text only", ">= 0.98", speed, speed.value >= 0.98
-                )
-            )
+            if "merged" in group:
+                speed = ratio(group["text"], group["merged"])
+                what = "decoding speed, merged, over text only"
+                found.append(Target(what, ">= 0.98", speed, speed.value >= 0.98))
             idle = ratio(group["idle"], group["text"])
             found.append(
                 Target(
@@ -107,7 +111,7 @@ def break_even(result: Result) -> float | None:
     """Tokens of one answer from which merging takes less time than adding beside the weights; None if never."""
     image = {c["system"]: median(c["seconds"]) for c in result["cells"] if c["part"] == "image"}
     for group in groups(result, "decode"):
-        if group["text"]["batch"] == 1 and image:
+        if group["text"]["batch"] == 1 and "merge" in image:
             saved = median(group["batched"]["seconds"]) - median(group["merged"]["seconds"])
             return (image["merge"] + image["restore"]) / saved if saved > 0 else None
     return None
@@ -168,7 +172,7 @@ def _add_image_rows(table: Table, result: Result) -> None:
 def _memory_table(result: Result) -> Table:
     table = _table("memory", "", "MiB")
     table.columns[1].justify = "right"
-    for name, size in result["parameters"].items():
+    for name, size in result["weights"].items():
         table.add_row(f"weights, {name}", mebibytes(size))
     table.add_section()
     for system, size in result["memory"]["peak_beyond_weights"].items():

@@ -32,6 +32,9 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="of all weights (default: float16 on a GPU, float32 on a CPU)",
     )
+    parser.add_argument(
+        "--bits", type=int, choices=(8, 4), help="quantise the decoder layers with bitsandbytes"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
     parser.add_argument(
         "--batch", type=_numbers, default=(1, 8, 32), help="for decoding (default: 1,8,32)"
@@ -60,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..bench.measure import Bench
     from ..bench.plot import bench_plot
-    from ..bench.summary import print_result
+    from ..bench.summary import precision, print_result
     from ..demo.process import progress_bar
     from ..evaluation.files import write_json
     from ..report.plots import save
@@ -73,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         task = progress.add_task("measure", total=bench.work())
         result = bench.run(lambda part: progress.update(task, advance=1, description=part.ljust(8)))
     print_result(result, console)
-    name = f"{args.shape}-{options.device.type}-{result['options']['dtype']}"
+    name = f"{args.shape}-{options.device.type}-{precision(result)}".replace(" bits, ", "bit-")
     write_json(args.out / f"{name}.json", result)
     save(bench_plot(result), args.out / f"{name}.png")
     console.print(f"Result: {args.out / name}.json and .png", highlight=False, soft_wrap=True)
@@ -108,6 +111,7 @@ def _options(args: argparse.Namespace) -> Options:
         text_tokens=args.text_tokens,
         steps=args.steps,
         parts=args.parts or tuple(PARTS),
+        bits=args.bits,
     )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import VLoRAConfig
+from ..decoder import TARGETS
 
 CONVENTION = (
     "2 FLOPs per multiply-accumulate of matrix products, convolutions and attention (full square); "
@@ -91,7 +92,15 @@ class LanguageShape:
             "v": (self.width, key),
             "o": (query, self.width),
             "m": (self.width, self.width),
+            "g": (self.width, self.mlp),
+            "u": (self.width, self.mlp),
+            "d": (self.mlp, self.width),
         }[letter]
+
+    def generated_width(self, letter: str) -> int:
+        """Width of the factor that is made from the image."""
+        read, written = self.widths(letter)
+        return read if TARGETS[letter].generated == "a" else written
 
 
 def projector_macs(vision: VisionShape, language: LanguageShape, depth: int = 2) -> int:
@@ -108,7 +117,7 @@ def generator_macs(config: VLoRAConfig, vision: VisionShape, language: LanguageS
     queries = injected * len(config.types) // groups
     linear = queries * (4 + 2 + 8) * dim**2 + 2 * patches * dim**2
     attention = 2 * queries**2 * dim + 2 * queries * patches * dim
-    heads = sum(language.widths(t)[0] for t in config.types) * injected * dim * config.rank
+    heads = sum(language.generated_width(t) for t in config.types) * injected * dim * config.rank
     trunk = groups * config.depth * (linear + attention)
     return patches * vision.width * dim + trunk + heads
 
@@ -121,7 +130,7 @@ def low_rank_macs(config: VLoRAConfig, language: LanguageShape) -> int:
 
 def weight_values(config: VLoRAConfig, language: LanguageShape) -> int:
     """Numbers in the image-dependent factors of one image's perceptual weights."""
-    inputs = sum(language.widths(t)[0] for t in config.types)
+    inputs = sum(language.generated_width(t) for t in config.types)
     return len(config.layers(language.layers)) * config.rank * inputs
 
 

@@ -6,6 +6,7 @@ Both share one language model and one vision tower, tensor by tensor, with the p
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from ..config import VLoRAConfig
+from ..errors import ConfigError
 from .modeling import LlavaVLoRAConfig, LlavaVLoRALlamaForCausalLM
 from .registration import register
 
@@ -45,6 +47,7 @@ def random_models(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    bits: int | None = None,
 ) -> Models:
     """Build the three models.
 
@@ -54,6 +57,10 @@ def random_models(
         settings: The generator.
         device: Where all weights go.
         dtype: Of all weights.
+        bits: 8 or 4 quantises the decoder layers as LLaVA's loader does, with bitsandbytes.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed.
     """
     register()
     text = _random(lambda: LlamaForCausalLM(language), device, dtype)
@@ -79,6 +86,8 @@ def random_models(
         vlora.model.build_generator("The shape")
     vlora.model.mm_projector = _filled(vlora.model.mm_projector.to(dtype))
     vlora.config.mm_projector_type = "vlora"
+    if bits is not None:
+        _quantise((text, llava, vlora), bits, dtype)
     return Models(text, llava, vlora, tower)
 
 
@@ -109,6 +118,33 @@ def _filled(module: nn.Module) -> nn.Module:
         for part in torch.split(flat, _NOISE):
             part.copy_(noise[: len(part)])
     return module
+
+
+def _quantise(models: Sequence[Any], bits: int, dtype: torch.dtype) -> None:
+    """Put bitsandbytes layers in place of the decoder's linear layers, one for all models."""
+    try:
+        import bitsandbytes as bnb
+    except ImportError as error:
+        raise ConfigError(
+            f"{bits} bits need bitsandbytes: pip install 'llava-vlora[quant]' ({error})."
+        ) from error
+    plain = {n: m for n, m in models[0].model.layers.named_modules() if isinstance(m, nn.Linear)}
+    for name, linear in plain.items():
+        sizes, device = (linear.in_features, linear.out_features), linear.weight.device
+        new: Any
+        if bits == 4:
+            how = {"quant_type": "nf4", "compress_statistics": True}
+            new = bnb.nn.Linear4bit(*sizes, bias=False, compute_dtype=dtype, **how)
+            new.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, **how)
+        else:
+            new = bnb.nn.Linear8bitLt(*sizes, bias=False, has_fp16_weights=False, threshold=6.0)
+            new.weight = bnb.nn.Int8Params(
+                linear.weight.data, requires_grad=False, has_fp16_weights=False
+            )
+        new = new.to(device).eval()
+        parent, _, own = name.rpartition(".")
+        for model in models:
+            setattr(model.model.layers.get_submodule(parent), own, new)
 
 
 def _tower(vision: CLIPVisionConfig, device: torch.device, dtype: torch.dtype) -> Any:
