@@ -454,3 +454,12 @@ def test_plain_model_of_the_trainer_has_no_generator_yet(llm_dir: Path, tower_di
     model = trainer().LlavaLlamaForCausalLM.from_pretrained(str(llm_dir))
     with pytest.raises(ConfigError, match="no generator yet"):
         model.perceive(pictures(1))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (1, 0), (5,)], ids=["no prompt", "no token", "no batch"])
+def test_an_empty_batch_is_named(model: Any, shape: tuple[int, ...]) -> None:
+    ids = torch.full(shape, 5)
+    with pytest.raises(PromptError, match="at least one prompt"):
+        model.generate(ids, max_new_tokens=2)
+    with pytest.raises(PromptError, match="at least one prompt"):
+        model(ids, images=pictures(1))

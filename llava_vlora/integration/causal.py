@@ -130,6 +130,8 @@ class VLoRAMetaForCausalLM(VLoRAPerception):
     ) -> PerceptualWeights | None:
         """Drop slots from the inputs collected in ``given`` and turn the images into weights."""
         ids = given["input_ids"]
+        if images is not None:
+            _check_prompts(ids)
         # A single token is a decoding step; looking for slots there would stall a GPU at every token.
         slotted = ids.shape[1] > 1 and bool((ids == IMAGE_TOKEN_INDEX).any())
         if slotted:
@@ -182,6 +184,7 @@ class VLoRAMetaForCausalLM(VLoRAPerception):
             raise PromptError(
                 "generate() derives position_ids from the prompt and its attention_mask; leave them out."
             )
+        _check_prompts(inputs)
         text = self.drop_slots(inputs, kwargs.pop("attention_mask", None), side="left")
         slotted = bool(text.has_image.any())
         if slotted:
@@ -289,3 +292,10 @@ class VLoRAMetaForCausalLM(VLoRAPerception):
                 "The prompt has an <image>, but no image was given. Pass images=..., or call inside "
                 "`with model.seeing(model.perceive(images)):`."
             )
+
+
+def _check_prompts(ids: Tensor) -> None:
+    if ids.ndim != 2 or 0 in ids.shape:
+        raise PromptError(
+            f"Token ids have shape {list(ids.shape)}; give [prompts, tokens] with at least one prompt of one token."
+        )
