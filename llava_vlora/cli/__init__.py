@@ -15,6 +15,7 @@ _VERBS = {
     "doctor": "llava_vlora.cli.doctor",
     "demo": "llava_vlora.cli.demo",
     "export": "llava_vlora.cli.export",
+    "chat": "llava_vlora.cli.chat",
 }
 
 
