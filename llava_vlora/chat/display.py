@@ -35,10 +35,14 @@ class Reply:
     """Once it is complete."""
     error: str = ""
     """Why there is no answer."""
+    skipped: bool = False
+    """Whether the model was not asked, because the other one was stopped."""
 
     @property
     def note(self) -> str:
         """What a person should know beside the text."""
+        if self.skipped:
+            return "not asked"
         if self.answer is None:
             return ""
         if self.answer.stopped:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import glob
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
+from typing import Any
 
 try:
     import readline as _readline
@@ -43,6 +47,19 @@ class Reader:
         except EOFError:
             return None
 
+    @contextmanager
+    def interruptible(self, stop: threading.Event) -> Iterator[None]:
+        """While open, Ctrl-C sets ``stop`` and does nothing else, and keys are not shown; only for a person.
+
+        An exception in the middle of an answer could catch the model with an image half merged, so none is raised.
+        """
+        with ExitStack() as stack:
+            if self.interactive and threading.current_thread() is threading.main_thread():
+                before = signal.signal(signal.SIGINT, lambda number, frame: stop.set())
+                stack.callback(signal.signal, signal.SIGINT, before)
+                stack.enter_context(_quiet())
+            yield
+
     def _complete(self, text: str, state: int) -> str | None:
         begun = _editor.get_line_buffer() if _editor is not None else ""
         if begun.lstrip().startswith("/image "):
@@ -51,3 +68,21 @@ class Reader:
         else:
             found = [command for command in self._commands if command.startswith(begun)]
         return found[state] if state < len(found) else None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """While open, the terminal does not write keys, ``^C`` among them, into the answer."""
+    try:
+        import termios
+    except ImportError:  # Windows
+        yield
+        return
+    before: list[Any] = termios.tcgetattr(sys.stdin)
+    quiet = [*before]
+    quiet[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)

@@ -96,8 +96,11 @@ class AnswerStream(BaseStreamer):
         text = self._decode(self._ids[self._start :])
         if not final and text.endswith(_UNFINISHED):
             return ""
-        self._start, self._known = self._known, len(self._ids)
-        return text[len(before) :]
+        new = text[len(before) :]
+        if new.strip():  # blanks at the beginning of what is decoded would be lost
+            self._start = self._known
+        self._known = len(self._ids)
+        return new
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -38,7 +35,9 @@ class Chat:
     def __init__(self, console: Console, sessions: Sequence[Session], image: Path) -> None:
         """A chat of ``sessions`` about ``image``, which they show already."""
         self._console, self._sessions, self._image = console, sessions, image
-        self._reader = Reader(list(_COMMANDS), colour=bool(console.color_system))
+        self._reader = Reader(
+            list(_COMMANDS), colour=bool(console.color_system) and not console.no_color
+        )
         # In a script's output there is nothing but what it asked for.
         self._aside = console if self._reader.interactive else Console(stderr=True)
         self._replies: list[Reply] = []
@@ -94,15 +93,12 @@ class Chat:
         ]
         wide = self._console.is_interactive and self._console.width >= WIDE
         stop = threading.Event()
-        with self._interruptible(stop):
+        with self._reader.interruptible(stop):
             if len(self._sessions) > 1 and wide:
                 self._in_columns(question, stop)
             else:
                 self._in_turn(question, stop)
-        for reply in self._replies:
-            if reply.error:
-                self._failed = True
-        if self._timed:
+        if self._timed and any(reply.answer for reply in self._replies):
             self._time("")
 
     def _in_columns(self, question: str, stop: threading.Event) -> None:
@@ -136,26 +132,6 @@ class Chat:
     def _write(self, text: str) -> None:
         self._console.out(text, end="", highlight=False)
         self._console.file.flush()
-
-    @contextmanager
-    def _interruptible(self, stop: threading.Event) -> Iterator[None]:
-        """While open, the first Ctrl-C sets ``stop``; a second one interrupts the program as usual."""
-        if (
-            not self._reader.interactive
-            or threading.current_thread() is not threading.main_thread()
-        ):
-            yield
-            return
-
-        def pressed(number: int, frame: Any) -> None:
-            stop.set()
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        before = signal.signal(signal.SIGINT, pressed)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
 
     # --- commands ----------------------------------------------------------------------------------
 
@@ -203,16 +179,16 @@ class Chat:
         for session, colour in zip(self._sessions, COLOURS, strict=False):
             kind = "VLoRA" if session.vlora else "LLaVA"
             about = f"  {kind}, template {session.conv_mode}, on {session.loaded.model.device}"
-            self._console.print(Text(session.name, f"bold {colour}") + Text(about, "default"))
+            self._console.print(Text.assemble((session.name, f"bold {colour}"), about))
         self._console.print(Text(f"image: {self._image}"), soft_wrap=True)
         self._note("/help lists the commands. Ctrl-C stops an answer, Ctrl-D leaves.")
 
     def _note(self, text: str) -> None:
-        self._aside.print(Text(text, "dim"), soft_wrap=True)
+        self._aside.print(Text(text, "dim"), soft_wrap=not self._reader.interactive)
 
     def _fail(self, message: str) -> None:
         self._failed = True
-        self._aside.print(Text(message, "red"), soft_wrap=True)
+        self._aside.print(Text(message, "red"), soft_wrap=not self._reader.interactive)
 
 
 def _ask(
@@ -229,6 +205,7 @@ def _ask(
         show(text)
 
     if stop.is_set():
+        reply.skipped = True
         return
     try:
         reply.answer = session.ask(question, on_text, stop)
