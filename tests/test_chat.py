@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import re
+import signal
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +209,7 @@ def test_an_answer_ends_at_the_edge_of_the_context(
 ) -> None:
     chat = session(models["llava"], images[0], max_new_tokens=10_000)
     answer = chat.ask(QUESTION)
-    assert answer.prompt_tokens + answer.tokens in (510, 511, 512)
+    assert answer.prompt_tokens + answer.tokens == 511
 
 
 def test_templates(models: dict[str, Loaded], images: list[Path]) -> None:
@@ -310,7 +312,7 @@ def talk(
 ) -> tuple[int, str]:
     """Exit code and output of a chat whose input and output claim to be terminals."""
     monkeypatch.setattr(sys, "stdin", Keyboard("\n".join(lines) + "\n", tty=True))
-    monkeypatch.setattr("llava_vlora.chat.reading._quiet", lambda: threading.Lock())
+    monkeypatch.setattr("llava_vlora.chat.reading._quiet", nullcontext)
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
     out = io.StringIO()
@@ -389,8 +391,6 @@ def test_image_command_switches_both(
 def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(
     models: dict[str, Loaded], images: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import signal
-
     sessions = both(models, images[0])
     ask, presses = sessions[0].ask, iter([True])
 
@@ -451,9 +451,7 @@ def test_words_are_wrapped_as_they_come() -> None:
     for char in "red green blue\nabcdefghijklmno 日本語日本語":
         wrap.feed(char)
     wrap.flush()
-    assert "".join(written) == "red green\nblue\nabcdefghij\nklmno\n日本語日本\n語".replace(
-        "klmno\n日本語日本\n語", "klmno 日本\n語日本語"
-    )
+    assert "".join(written) == "red green\nblue\nabcdefghij\nklmno 日本\n語日本語"
     assert printable("a\x1b[2Jb\rc\n\td") == "a[2Jbc\n\td"
 
 
