@@ -212,7 +212,9 @@ def test_an_answer_ends_at_the_edge_of_the_context(
     assert answer.prompt_tokens + answer.tokens == 511
 
 
-def test_templates(models: dict[str, Loaded], images: list[Path]) -> None:
+def test_templates(
+    models: dict[str, Loaded], images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert [stop_text(mode) for mode in ("vicuna_v1", "v0", "mpt", "mistral_instruct")] == [
         "</s>",
         "###",
@@ -222,6 +224,8 @@ def test_templates(models: dict[str, Loaded], images: list[Path]) -> None:
     assert session(models["vlora"], images[0]).conv_mode == "vicuna_v1"
     with pytest.raises(ConfigError, match=r"'v9' is unknown; LLaVA has .*'vicuna_v1'"):
         session(models["vlora"], images[0], conv_mode="v9")
+    monkeypatch.setattr(models["llava"].model.config, "model_type", "llava_mistral")
+    assert session(models["llava"], images[0]).conv_mode == "mistral_instruct"
 
 
 def test_a_plain_language_model_is_refused(models: dict[str, Loaded], images: list[Path]) -> None:
@@ -416,6 +420,25 @@ def test_ctrl_c_stops_the_answer_and_the_chat_goes_on(
     assert [len(chat.history) for chat in sessions] == [2, 1]
 
 
+def test_ctrl_c_at_the_prompt_leaves_only_a_script(
+    models: dict[str, Loaded], images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pressed(prompt: str) -> str:
+        presses.append(prompt)
+        raise KeyboardInterrupt if len(presses) == 1 else EOFError
+
+    presses: list[str] = []
+    monkeypatch.setattr("builtins.input", pressed)
+    sessions = [session(models["vlora"], images[0])]
+    code, out = talk(sessions, [], monkeypatch)
+    assert (code, len(presses)) == (0, 2)
+    assert "Ctrl-D or /quit leaves." in out
+    presses.clear()
+    monkeypatch.setattr(sys, "stdin", Keyboard(""))
+    with pytest.raises(KeyboardInterrupt):
+        Chat(Console(file=io.StringIO()), sessions, images[0]).run()
+
+
 def test_a_failed_answer_is_said_and_not_remembered(
     models: dict[str, Loaded], images: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -496,13 +519,16 @@ def test_user_mistakes_end_with_2(
     images: list[Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     model = ["--model", str(checkpoints["vlora"]), "--device", "cpu"]
     for command, message in (
         ([str(images[0]), "--model", str(tmp_path / "none")], "There is no checkpoint folder"),
         ([str(tmp_path / "none.png"), *model], "none.png cannot be read"),
         ([str(images[0]), *model, "--conv-mode", "v9"], "'v9' is unknown; LLaVA has"),
         ([str(images[0]), *model, "--beside-base", "x"], "name it with --beside"),
+        ([str(images[0]), *model, "--load-4bit"], "needs bitsandbytes"),
     ):
         assert main(["chat", *command]) == 2
         assert message in capsys.readouterr().err

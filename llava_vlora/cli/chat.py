@@ -85,10 +85,7 @@ def run(args: argparse.Namespace) -> int:
         models.append((args.beside, args.beside_base))
     sessions = []
     for name, (path, base) in zip(_names([path for path, _ in models]), models, strict=True):
-        if console.is_terminal:
-            with console.status(f"Loading {name}", spinner="dots"):
-                loaded = load(path, base, device=args.device, bits=args.bits)
-        else:
+        with console.status(f"Loading {name}"):
             loaded = load(path, base, device=args.device, bits=args.bits)
         sessions.append(
             Session(
