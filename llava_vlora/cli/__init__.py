@@ -16,6 +16,7 @@ _VERBS = {
     "demo": "llava_vlora.cli.demo",
     "export": "llava_vlora.cli.export",
     "bench": "llava_vlora.cli.bench",
+    "chat": "llava_vlora.cli.chat",
 }
 
 

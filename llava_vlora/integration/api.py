@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from llava.conversation import conv_templates
+from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
+from llava.conversation import Conversation, SeparatorStyle, conv_templates
 from llava.mm_utils import process_images, tokenizer_image_token
 from PIL import Image
 from torch import Tensor
@@ -37,6 +38,7 @@ def load(
     *,
     device: str | None = None,
     dtype: torch.dtype | None = None,
+    bits: int | None = None,
 ) -> Loaded:
     """Load a VLoRA, LLaVA or plain checkpoint.
 
@@ -45,13 +47,18 @@ def load(
         base: Language model, for a folder that holds only a projector or LoRA weights.
         device: ``cuda`` or ``cpu``; the GPU if there is one by default.
         dtype: Of the weights; by default float16 on a GPU, the checkpoint's on a CPU.
+        bits: 4 or 8 to quantise the language model with bitsandbytes.
 
     Raises:
         CheckpointError: A file is missing or does not fit.
     """
     register()
     options: dict[str, Any] = {} if dtype is None else {"torch_dtype": dtype}
-    return Loaded(*load_pretrained_model(path, base, "", device=device or "cuda", **options))
+    return Loaded(
+        *load_pretrained_model(
+            path, base, "", bits == 8, bits == 4, device=device or "cuda", **options
+        )
+    )
 
 
 def prompt_ids(
@@ -62,16 +69,56 @@ def prompt_ids(
     Raises:
         ConfigError: LLaVA has no such conversation template.
     """
+    conversation = _template(conv_mode)
+    message = f"{DEFAULT_IMAGE_TOKEN}\n{question}" if image else question
+    return _ids(conversation, [(message, None)], tokenizer)
+
+
+def conversation_ids(
+    loaded: Loaded, turns: Sequence[tuple[str, str | None]], *, conv_mode: str = "vicuna_v1"
+) -> Tensor:
+    """Token ids ``[N]`` of a conversation about one image, which the first question shows as -200.
+
+    Args:
+        loaded: The model that is to answer.
+        turns: Questions with their answers; the last answer is None.
+        conv_mode: LLaVA's conversation template.
+
+    Raises:
+        ConfigError: LLaVA has no such conversation template.
+    """
+    conversation = _template(conv_mode)
+    slot = DEFAULT_IMAGE_TOKEN
+    if getattr(loaded.model.config, "mm_use_im_start_end", False):
+        slot = f"{DEFAULT_IM_START_TOKEN}{slot}{DEFAULT_IM_END_TOKEN}"
+    (first, answer), *later = turns
+    return _ids(conversation, [(f"{slot}\n{first}", answer), *later], loaded.tokenizer)
+
+
+def stop_text(conv_mode: str) -> str:
+    """What ends an answer in one of LLaVA's conversation templates, such as ``</s>``.
+
+    Raises:
+        ConfigError: LLaVA has no such conversation template.
+    """
+    template = _template(conv_mode)
+    two = template.sep_style in (SeparatorStyle.TWO, SeparatorStyle.LLAMA_2)
+    return str(template.sep2 if two else template.sep)
+
+
+def _template(conv_mode: str) -> Conversation:
     if conv_mode not in conv_templates:
         raise ConfigError(
             f"Conversation template {conv_mode!r} is unknown; LLaVA has {listing(conv_templates)}."
         )
-    conversation = conv_templates[conv_mode].copy()
-    conversation.append_message(
-        conversation.roles[0], f"<image>\n{question}" if image else question
-    )
-    conversation.append_message(conversation.roles[1], None)
-    ids: Tensor = tokenizer_image_token(conversation.get_prompt(), tokenizer, return_tensors="pt")
+    return conv_templates[conv_mode].copy()
+
+
+def _ids(template: Conversation, turns: Sequence[tuple[str, str | None]], tokenizer: Any) -> Tensor:
+    for question, answer in turns:
+        template.append_message(template.roles[0], question)
+        template.append_message(template.roles[1], answer)
+    ids: Tensor = tokenizer_image_token(template.get_prompt(), tokenizer, return_tensors="pt")
     return ids
 
 
