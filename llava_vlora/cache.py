@@ -1,7 +1,7 @@
 """Remembering what images became: many questions about one image run the vision tower and generator once.
 
 An entry is the generator's latents, one vector for each weight type and injected layer (40 KiB for LLaVA-1.5-7B
-in the paper's setting), and not the factors, which are a thousand times larger and one matrix product away.
+in the paper's setting), and not the factors, which are some hundred times larger and one matrix product away.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ class PerceptionCache:
         self._bytes = 0
         self._lock = threading.Lock()
         self._fingerprint = _Fingerprint()
+        self._last: tuple[object, PerceptualWeights] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -105,6 +106,7 @@ class PerceptionCache:
         with self._lock:
             self._entries.clear()
             self._bytes = 0
+            self._last = None
 
     def perceive(
         self,
@@ -113,7 +115,10 @@ class PerceptionCache:
         tower: nn.Module,
         features: Callable[[Tensor], Tensor],
     ) -> PerceptualWeights:
-        """The weights of ``images [B, 3, H, W]``; ``features`` runs for images that are not known yet."""
+        """The weights of ``images [B, 3, H, W]``; ``features`` runs for images that are not known yet.
+
+        The factors of the last single image are kept besides: in a conversation it is the next one too.
+        """
         with self._lock:
             source = self._fingerprint.of(generator, tower)
         keys = [f"{source}-{digest({'image': image})}" for image in images]
@@ -129,12 +134,20 @@ class PerceptionCache:
             self.misses += len(fresh)
             self.hits += len(keys) - len(fresh)
         like = generator.visual_proj.weight
-        return generator.expand(
+        # Tensors made in inference mode are of no use outside it.
+        mark = (*keys, like.device, like.dtype, torch.is_inference_mode_enabled())
+        last = self._last
+        if last is not None and last[0] == mark:
+            return last[1]
+        weights = generator.expand(
             {
                 letter: torch.stack([found[key][letter].to(like) for key in keys])
                 for letter in generator.config.types
             }
         )
+        if len(keys) == 1:
+            self._last = (mark, weights)
+        return weights
 
     def _get(self, key: str) -> Latents | None:
         with self._lock:

@@ -195,3 +195,24 @@ def test_models_made_under_inference_mode_have_a_fingerprint(
         made.perceive(pictures(1))
         made.perceive(pictures(1))
     assert (made.perception_cache.hits, made.perception_cache.misses) == (1, 1)
+
+
+def test_the_factors_of_the_last_image_are_kept_and_are_its_own(model: Any) -> None:
+    images = pictures(2)
+    with torch.no_grad():
+        plain = [model.perceive(images[[i]]) for i in range(2)]
+        model.perception_cache = PerceptionCache()
+        first = model.perceive(images[:1])
+        assert model.perceive(images[:1]) is first
+        assert equal(model.perceive(images[1:]), plain[1])
+        assert equal(model.perceive(images[:1]), plain[0])
+    with torch.inference_mode():
+        inside = model.perceive(images[:1])
+    with torch.no_grad():
+        outside = model.perceive(images[:1])
+    assert inside.factors["q"].a.is_inference()
+    assert not outside.factors["q"].a.is_inference()
+    with torch.no_grad():
+        model.generator.Bs.add_(1.0)  # shared by all images, and part of the factors
+        changed = model.perceive(images[:1])
+    assert not equal(changed, plain[0])

@@ -115,7 +115,8 @@ def test_grouped_query_attention_narrows_key_and_value_paths() -> None:
 def test_released_models_cost_what_is_known_of_them() -> None:
     released = VLoRAConfig()
     assert 2 * CLIP_L_336.macs == pytest.approx(381e9, rel=0.01)
-    assert 2 * generator_macs(released, CLIP_L_336, VICUNA_7B) == pytest.approx(38.2e9, rel=0.01)
+    # 38.2e9 in the public code's order of products, which projects every patch for each of the 40 blocks.
+    assert 2 * generator_macs(released, CLIP_L_336, VICUNA_7B) == pytest.approx(20.1e9, rel=0.01)
     llava = answer_cost(CLIP_L_336, VICUNA_7B, 32, None)
     vlora = answer_cost(CLIP_L_336, VICUNA_7B, 32, released)
     assert (llava.sequence, vlora.sequence) == (608, 32)

@@ -29,7 +29,7 @@ class Shape:
     name: str
     what: str
     """Which published model has this shape."""
-    language: Mapping[str, int]
+    language: Mapping[str, Any]
     """Arguments of ``LlamaConfig``."""
     vision: Mapping[str, int] = field(default_factory=lambda: _CLIP_L_336)
     """Arguments of ``CLIPVisionConfig``."""
@@ -42,7 +42,9 @@ class Shape:
         return (self.vision["image_size"] // self.vision["patch_size"]) ** 2
 
 
-def _language(width: int, mlp: int, layers: int, heads: int, kv: int, vocab: int) -> dict[str, Any]:
+def _language(
+    width: int, mlp: int, layers: int, heads: int, kv: int, vocab: int, tied: bool = False
+) -> dict[str, Any]:
     return {
         "hidden_size": width,
         "intermediate_size": mlp,
@@ -51,6 +53,7 @@ def _language(width: int, mlp: int, layers: int, heads: int, kv: int, vocab: int
         "num_key_value_heads": kv,
         "vocab_size": vocab,
         "max_position_embeddings": _POSITIONS,
+        "tie_word_embeddings": tied,
     }
 
 
@@ -69,7 +72,7 @@ _SHAPES = (
         },
         VLoRAConfig(dim=64, depth=2, heads=4, rank=16),
     ),
-    Shape("1b", "Llama-3.2-1B", _language(2048, 8192, 16, 32, 8, 128256)),
+    Shape("1b", "Llama-3.2-1B", _language(2048, 8192, 16, 32, 8, 128256, tied=True)),
     Shape("7b", "Vicuna-7B, as in LLaVA-1.5", _language(4096, 11008, 32, 32, 32, 32000)),
     Shape("13b", "Vicuna-13B, as in LLaVA-1.5", _language(5120, 13824, 40, 40, 40, 32000)),
 )

@@ -146,19 +146,19 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _add_rows(table: Table, found: Iterable[dict[str, _Cell]]) -> None:
-    table.add_column("")
+    table.add_column("text + visual tokens")
     for column in ("ms", "x text only", "x LLaVA"):
         table.add_column(column, justify="right", no_wrap=True)
     for group in found:
         cell = next(iter(group.values()))
-        batch = f"batch {cell['batch']}, " if cell["part"] == "decode" else ""
-        table.add_row(f"[bold]{batch}{cell['text']} text, {cell['visual']} visual")
+        batch = f"batch {cell['batch']}: " if cell["part"] == "decode" else ""
+        table.add_row(f"[bold]{batch}{cell['text']} + {cell['visual']}")
         for system, cell in group.items():
             ratios = (
                 str(ratio(cell, group[base])) if base != system else "1"
                 for base in ("text", "llava")
             )
-            table.add_row(f"  {SYSTEMS[system]}", f"{1e3 * median(cell['seconds']):.3g}", *ratios)
+            table.add_row(f"  {SYSTEMS[system]}", _ms(median(cell["seconds"])), *ratios)
 
 
 def _add_image_rows(table: Table, result: Result) -> None:
@@ -184,8 +184,12 @@ def _memory_table(result: Result) -> Table:
 
 
 def milliseconds(seconds: Sequence[float]) -> str:
-    """``12.3 (12.1-13.0)``."""
-    return f"{1e3 * median(seconds):.3g} ({1e3 * min(seconds):.3g}-{1e3 * max(seconds):.3g})"
+    """Median and spread in milliseconds: ``12.3 (12.1-13)``."""
+    return f"{_ms(median(seconds))} ({_ms(min(seconds))}-{_ms(max(seconds))})"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:,.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}"
 
 
 def mebibytes(size: int | None) -> str:

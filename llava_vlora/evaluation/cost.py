@@ -115,8 +115,12 @@ def generator_macs(config: VLoRAConfig, vision: VisionShape, language: LanguageS
     injected = len(config.layers(language.layers))
     groups = len(config.types) if config.separate else 1
     queries = injected * len(config.types) // groups
-    linear = queries * (4 + 2 + 8) * dim**2 + 2 * patches * dim**2
-    attention = 2 * queries**2 * dim + 2 * queries * patches * dim
+    linear = queries * (4 + 4 + 8) * dim**2
+    if queries * config.heads < dim:  # see CrossAttention: patches are not projected
+        look = 2 * queries * config.heads * patches * dim
+    else:
+        look = 2 * (patches - queries) * dim**2 + 2 * queries * patches * dim
+    attention = 2 * queries**2 * dim + look
     heads = sum(language.generated_width(t) for t in config.types) * injected * dim * config.rank
     trunk = groups * config.depth * (linear + attention)
     return patches * vision.width * dim + trunk + heads
