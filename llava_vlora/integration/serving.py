@@ -12,6 +12,7 @@ import importlib
 import inspect
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from queue import Empty
@@ -165,6 +166,8 @@ def _mend_worker(module: Any) -> list[str]:
             known = isinstance(error, VLoRAError)
             text = str(error) if known else f"{type(error).__name__}: {error}"
             _log.error("A request failed: %s", text, exc_info=None if known else error)
+            # The page reads Markdown, where <image> would be an element without a text.
+            text = re.sub("<[^<>]*>", r"`\g<0>`", text)
             yield json.dumps({"text": text, "error_code": 1}).encode() + b"\0"
 
     worker.__init__, worker.generate_stream_gate = __init__, generate_stream_gate
@@ -222,15 +225,19 @@ def _mend_chat(module: Any) -> list[str]:
     @functools.wraps(stock)
     def load_pretrained_model(*args: Any, **kwargs: Any) -> Any:
         tokenizer, model, *rest = stock(*args, **kwargs)
-        model.generate = _with_prompt(model.generate)
+        model.generate = _with_prompt(model.generate, tokenizer.all_special_ids)
         return (tokenizer, model, *rest)
 
     module.load_pretrained_model = load_pretrained_model
     return ["later turns remember earlier answers, which this release of LLaVA cuts away"]
 
 
-def _with_prompt(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """``generate`` whose result begins with the prompt ``[B, N]``, also where the stock one leaves it out."""
+def _with_prompt(stock: Callable[..., Any], special: Sequence[int]) -> Callable[..., Any]:
+    """``generate`` for one prompt ``[1, N]``, whose result begins with the prompt also where the stock one's does not.
+
+    The answer comes without ``special`` tokens: chat puts its own end behind it in the next prompt, and
+    transformers up to 4.37 begins an answer with ``<s>``.
+    """
 
     @functools.wraps(stock)
     def generate(inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -238,7 +245,8 @@ def _with_prompt(stock: Callable[..., Any]) -> Callable[..., Any]:
         begins = out[:, : inputs.shape[1]]
         if begins.shape == inputs.shape and bool((begins == inputs).all()):
             return out
-        return torch.cat([inputs, out], dim=1)
+        answer = out[~torch.isin(out, torch.tensor(special, device=out.device))]
+        return torch.cat([inputs, answer[None]], dim=1)
 
     return generate
 
