@@ -6,6 +6,7 @@ import ast
 import base64
 import json
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -140,13 +141,12 @@ def server(folder: Path, module: str, *arguments: object) -> Iterator[str]:
             except requests.exceptions.ConnectionError:
                 time.sleep(0.2)
         yield address
+        # Ctrl-C, but for gradio, which ignores it in a pipeline without a terminal.
+        process.send_signal(signal.SIGTERM if module == "gradio_web_server" else signal.SIGINT)
+        process.wait(20)
     finally:
-        process.terminate()
-        try:
-            process.wait(15)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +234,9 @@ def test_requests_at_once_get_the_answers_to_their_own_images(
             for image in 2 * images
         ]
         assert [job.result() for job in jobs] == 2 * expected
+    log = Path(workers["log"]).read_text()
+    assert log.count("batched path") >= 8
+    assert "merged path" not in log
 
 
 @pytest.mark.slow

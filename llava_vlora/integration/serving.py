@@ -14,6 +14,7 @@ import json
 import logging
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from queue import Empty
 from types import ModuleType, SimpleNamespace
@@ -171,6 +172,7 @@ def _mend_worker(module: Any) -> list[str]:
             yield json.dumps({"text": text, "error_code": 1}).encode() + b"\0"
 
     worker.__init__, worker.generate_stream_gate = __init__, generate_stream_gate
+    _end_with_the_server(module)
     module.TextIteratorStreamer = AnswerStream
     module.load_image_from_base64 = _checked(module.load_image_from_base64)
     return ["errors reach the client with their text, and an answer stops when its client has gone"]
@@ -191,16 +193,26 @@ def _checked(stock: Callable[[str], Image.Image]) -> Callable[[str], Image.Image
     return load_image_from_base64
 
 
+def _end_with_the_server(module: Any) -> None:
+    # The threads that send and check heart beats run for ever, and would keep a process that was told to end.
+    module.threading = SimpleNamespace(Thread=functools.partial(threading.Thread, daemon=True))
+
+
 # --- the controller and the page -------------------------------------------------------------------
 
 
 def _mend_controller(module: Any) -> list[str]:
+    _end_with_the_server(module)
+    return _name_the_cause(module)
+
+
+def _name_the_cause(module: Any) -> list[str]:
     module.server_error_msg = _UNREACHABLE
     return ["where no worker answers it says so instead of 'high traffic'"]
 
 
 def _mend_page(module: Any) -> list[str]:
-    changes = _mend_controller(module)
+    changes = _name_the_cause(module)
     blocks = module.gr.Blocks
     stock = blocks.load
     if "_js" not in inspect.signature(stock).parameters:
