@@ -15,7 +15,7 @@ import logging
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from queue import Empty
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -145,6 +145,8 @@ class ServedModel:
 
 
 def _mend_worker(module: Any) -> list[str]:
+    from starlette.concurrency import iterate_in_threadpool
+
     # A request that merges would make the others wait until its answer is complete.
     VLoRAMetaForCausalLM.vlora_path = "batched"
     worker = module.ModelWorker
@@ -160,22 +162,32 @@ def _mend_worker(module: Any) -> list[str]:
             # With --no-register every request would still report to a controller, for ever if there is none.
             self.send_heart_beat = lambda: None
 
-    def generate_stream_gate(self: Any, params: Any) -> Iterator[bytes]:
+    async def generate_stream_gate(self: Any, params: Any) -> AsyncIterator[bytes]:
+        messages = _messages(self.generate_stream(params))
         try:
-            yield from self.generate_stream(params)
-        except Exception as error:
-            known = isinstance(error, VLoRAError)
-            text = str(error) if known else f"{type(error).__name__}: {error}"
-            _log.error("A request failed: %s", text, exc_info=None if known else error)
-            # The page reads Markdown, where <image> would be an element without a text.
-            text = re.sub("<[^<>]*>", r"`\g<0>`", text)
-            yield json.dumps({"text": text, "error_code": 1}).encode() + b"\0"
+            async for message in iterate_in_threadpool(messages):
+                yield message
+        finally:
+            messages.close()  # the garbage collector would do it, but only after many tokens for nobody
 
     worker.__init__, worker.generate_stream_gate = __init__, generate_stream_gate
     _end_with_the_server(module)
     module.TextIteratorStreamer = AnswerStream
     module.load_image_from_base64 = _checked(module.load_image_from_base64)
     return ["errors reach the client with their text, and an answer stops when its client has gone"]
+
+
+def _messages(answer: Iterator[bytes]) -> Generator[bytes, None, None]:
+    """The messages of an answer; an error becomes the last one, with its text."""
+    try:
+        yield from answer
+    except Exception as error:
+        known = isinstance(error, VLoRAError)
+        text = str(error) if known else f"{type(error).__name__}: {error}"
+        _log.error("A request failed: %s", text, exc_info=None if known else error)
+        # The page reads Markdown, where <image> would be an element without a text.
+        text = re.sub("<[^<>]*>", r"`\g<0>`", text)
+        yield json.dumps({"text": text, "error_code": 1}).encode() + b"\0"
 
 
 def _checked(stock: Callable[[str], Image.Image]) -> Callable[[str], Image.Image]:
