@@ -1,6 +1,7 @@
 """Run a LLaVA module with the plugin registered: ``python -m llava_vlora.run llava.train.train --flags...``.
 
-The module runs unchanged, as the main program, with its own command line. Works below ``torchrun -m`` and
+The module runs unchanged, as the main program, with its own command line; what LLaVA's servers and chat need
+mended is in :mod:`llava_vlora.integration.serving`, and is printed. Works below ``torchrun -m`` and
 ``deepspeed --module`` too.
 """
 
