@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import base64
+import gc
 import json
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +20,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +31,7 @@ from transformers import AutoTokenizer
 from llava_vlora.errors import ConfigError
 from llava_vlora.integration import serving
 from llava_vlora.integration.api import Loaded, load, open_image, pixel_values
+from llava_vlora.integration.causal import VLoRAMetaForCausalLM
 from llava_vlora.integration.serving import AnswerStream, ServedModel
 from llava_vlora.turns import turns
 from tests.tiny import make_vlora, trainer
@@ -452,6 +457,49 @@ def test_wait_for_the_first_token_has_no_limit(
     assert answer.timeout is None
     assert texts[:3] == ["", "", ""]
     assert "".join(texts) == loaded["vlora"].tokenizer.decode([5])
+
+
+def test_abandoned_answer_does_not_wait_for_the_garbage_collector(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    responses = pytest.importorskip("starlette.responses", reason="no extra serve here")
+    closed = threading.Event()
+
+    class Worker:
+        is_multimodal, model = False, None
+
+        def generate_stream(self, params: object) -> Iterator[bytes]:
+            try:
+                while True:
+                    time.sleep(0.01)
+                    yield b"more"
+            finally:
+                closed.set()
+
+    monkeypatch.setattr(VLoRAMetaForCausalLM, "vlora_path", "auto")
+    module = SimpleNamespace(ModelWorker=Worker, load_image_from_base64=str)
+    serving._mend_worker(module)
+
+    async def answer() -> None:
+        sent = asyncio.Event()
+
+        async def receive() -> dict[str, str]:
+            await sent.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict[str, object]) -> None:
+            if message.get("body"):
+                sent.set()
+
+        response = responses.StreamingResponse(module.ModelWorker().generate_stream_gate({}))
+        await response({"type": "http"}, receive, send)
+        assert closed.is_set()
+
+    gc.disable()
+    try:
+        asyncio.run(answer())
+    finally:
+        gc.enable()
 
 
 def test_module_without_a_main_block_is_an_error() -> None:
