@@ -41,9 +41,10 @@ class _Fingerprint:
         self._kept: list[
             Tensor
         ] = []  # an address tells tensors apart only while none of them is freed
-        self._hash = ""
+        self._hash: str | None = None
 
-    def of(self, *modules: nn.Module) -> str:
+    def of(self, *modules: nn.Module) -> str | None:
+        """The hash; None where weights are offloaded, so that nobody can tell whether they have changed."""
         if modules != self._modules or self._look() != self._state:
             every = [part for module in modules for part in module.modules()]
             self._modules = modules
@@ -53,6 +54,9 @@ class _Fingerprint:
             ]
             self._children = [part._modules for part in every]
             self._state, self._kept = self._look(), self._now()
+            if any(t.is_meta for t in self._kept):
+                self._hash = None
+                return None
             named = {
                 f"{i}.{n}": t for i, m in enumerate(modules) for n, t in m.state_dict().items()
             }
@@ -121,6 +125,8 @@ class PerceptionCache:
         """
         with self._lock:
             source = self._fingerprint.of(generator, tower)
+        if source is None:
+            return generator(features(images))
         keys = [f"{source}-{digest({'image': image})}" for image in images]
         found = {key: entry for key in dict.fromkeys(keys) if (entry := self._get(key)) is not None}
         fresh = [key for key in dict.fromkeys(keys) if key not in found]

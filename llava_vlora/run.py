@@ -1,6 +1,7 @@
 """Run a LLaVA module with the plugin registered: ``python -m llava_vlora.run llava.train.train --flags...``.
 
-The module runs unchanged, as the main program, with its own command line. Works below ``torchrun -m`` and
+The module runs unchanged, as the main program, with its own command line; what LLaVA's servers and chat need
+mended is in :mod:`llava_vlora.integration.serving`, and is printed. Works below ``torchrun -m`` and
 ``deepspeed --module`` too.
 """
 
@@ -17,8 +18,6 @@ from .errors import ConfigError, VLoRAError
 
 #: Modules whose globals the plugin has changed: they are called instead of executed a second time.
 _ENTRY_POINTS = {"llava.train.train": "train"}
-#: Modules that answer several requests at once.
-_SERVERS = ("llava.serve.model_worker",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,15 +66,11 @@ def _run(module: str, arguments: list[str], seed: int | None) -> None:
         )
     from .integration.compat import redirect_cuda
     from .integration.registration import register
+    from .integration.serving import SERVERS, serve
 
     register()
     if redirect_cuda():
         print("llava_vlora: no GPU; what LLaVA sends to cuda stays on the CPU.", file=sys.stderr)
-    if module in _SERVERS:
-        from .integration.causal import VLoRAMetaForCausalLM
-
-        # A request that merges would make the others wait until its answer is complete.
-        VLoRAMetaForCausalLM.vlora_path = "batched"
     if seed is not None:
         from transformers import set_seed
 
@@ -84,6 +79,8 @@ def _run(module: str, arguments: list[str], seed: int | None) -> None:
         target = importlib.import_module(module)
         sys.argv = [str(target.__file__), *arguments]
         getattr(target, _ENTRY_POINTS[module])()
+    elif module in SERVERS:
+        serve(module, arguments)
     else:
         sys.argv = [module, *arguments]
         runpy.run_module(module, run_name="__main__", alter_sys=True)
