@@ -1,44 +1,64 @@
 #!/usr/bin/env python3
-"""Write the README's figures from the committed result of a demo run, so that none is typed by hand.
+"""Write the README's figures from committed results, so that none is typed by hand.
 
-scripts/update_readme.py [RUN]   copies RUN/report.json and its main plot first (RUN is runs/demo, say)
+scripts/update_readme.py [--demo RUN] [--bench FILE]
+
+--demo RUN    first copies RUN/report.json and its main plot (RUN is runs/demo, say)
+--bench FILE  first copies a result of llava-vlora bench and the plot beside it (runs/bench/1b-cpu-float32.json, say)
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULT = ROOT / "docs" / "results" / "demo-small.json"
-PLOT = ROOT / "docs" / "images" / "demo-accuracy.png"
-START, END = "<!-- demo:start -->", "<!-- demo:end -->"
+sys.path.insert(0, str(ROOT))
+
+from llava_vlora.bench.calls import SYSTEMS  # noqa: E402
+from llava_vlora.bench.summary import groups, mebibytes, precision, ratio, targets  # noqa: E402
+
+RESULTS = {
+    name: ROOT / "docs" / "results" / f"{name}.json" for name in ("demo-small", "bench-1b-cpu")
+}
+PLOTS = {
+    "demo-small": ROOT / "docs/images/demo-accuracy.png",
+    "bench-1b-cpu": ROOT / "docs/images/bench-1b-cpu.png",
+}
 
 
-def keep(run: Path) -> None:
+def keep_demo(run: Path) -> None:
     """Copy a run's report, without its sample images' data, and its main plot into the repository."""
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     for part in ("samples", "training"):
         report.pop(part)
-    RESULT.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    shutil.copyfile(run / "plots" / "accuracy.png", PLOT)
+    RESULTS["demo-small"].write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    shutil.copyfile(run / "plots" / "accuracy.png", PLOTS["demo-small"])
 
 
-def block(report: dict[str, Any]) -> str:
-    """The README's part between the marks."""
+def keep_bench(result: Path) -> None:
+    """Copy a result of the benchmark and its plot into the repository."""
+    shutil.copyfile(result, RESULTS["bench-1b-cpu"])
+    shutil.copyfile(result.with_suffix(".png"), PLOTS["bench-1b-cpu"])
+
+
+def demo_block(report: dict[str, Any]) -> list[str]:
+    """Accuracy and cost of the demo."""
     settings, models = report["run"]["settings"], report["cost"]["models"]
-    lines = [
-        f"![Accuracy by question type]({PLOT.relative_to(ROOT)})",
+    return [
+        f"![Accuracy by question type]({PLOTS['demo-small'].relative_to(ROOT)})",
         "",
         f"`llava-vlora demo`, size {settings['size']}, seed {settings['seed']}: LLaVA and VLoRA trained by LLaVA's "
         f"own trainer on the same {report['data']['train_images']} rendered scenes, "
         f"{report['run']['recipe']['pretrain_steps']} + {report['run']['recipe']['finetune_steps']} steps, "
         f"{report['data']['test_questions']} held-out questions; {report['run']['machine']['cores']} CPU cores, "
         f"{sum(report['run']['seconds'].values()) / 60:.1f} minutes in all "
-        f"([all figures]({RESULT.relative_to(ROOT)})).",
+        f"([all figures]({RESULTS['demo-small'].relative_to(ROOT)})).",
         "",
         "| | LLaVA | VLoRA | LLaVA, blind |",
         "|---|---|---|---|",
@@ -50,7 +70,6 @@ def block(report: dict[str, Any]) -> str:
         + " | ".join(f"{1000 * models[n]['time']['first_token']:.1f}" for n in ("llava", "vlora"))
         + " | |",
     ]
-    return "\n".join(lines)
 
 
 def _share(row: dict[str, Any]) -> str:
@@ -58,16 +77,85 @@ def _share(row: dict[str, Any]) -> str:
     return f"{100 * row['share']:.1f} ({low:.1f} to {high:.1f})"
 
 
-def updated(readme: str, report: dict[str, Any]) -> str:
-    """The README with its figures from ``report``."""
-    head, _, rest = readme.partition(START)
-    _, _, tail = rest.partition(END)
-    return f"{head}{START}\n{block(report)}\n{END}{tail}"
+def bench_block(result: dict[str, Any]) -> list[str]:
+    """Ratios of the benchmark, and what became of its targets."""
+    shape, options, device = result["shape"], result["options"], result["device"]
+    systems = ("llava", "batched", "merged", "cached")
+    rows = []
+    for part, label in (
+        ("first", "first token, vision included"),
+        ("prefill", "prefill alone"),
+        ("decode", "token"),
+    ):
+        for group in groups(result, part):
+            batch = f", batch {group['text']['batch']}" if part == "decode" else ""
+            cells = [str(ratio(group[s], group["text"])) if s in group else "" for s in systems]
+            rows.append(f"| {label}{batch} | {' | '.join(cells)} |")
+    image = result["memory"]["image"]
+    llava, factors = (
+        mebibytes(image[n]) for n in ("key-value cache, LLaVA", "generated factors, VLoRA")
+    )
+    known = image["latents in the perception cache, VLoRA"] / 1024
+    peaks = result["memory"]["peak_beyond_weights"]
+    rows.append(f"| an image while decoding, MiB | {llava} | {factors} | | {factors} |")
+    rows.append(
+        "| peak beyond the weights, MiB | "
+        + " | ".join(mebibytes(peaks[s]) for s in systems)
+        + " |"
+    )
+    lines = [
+        f"![Time to the first token, decoding speed and growth]({PLOTS['bench-1b-cpu'].relative_to(ROOT)})",
+        "",
+        f"`llava-vlora bench --shape {shape['name']}`: random weights in the shape of {shape['what']} and CLIP "
+        f"ViT-L/14-336, {precision(result)}, {device['name']} with {device['threads']} threads, "
+        f"{options['text_tokens']} text tokens. Times as multiples of the plain language model on the same text, which "
+        f"sees no image: median over {options['rounds']} rounds of one run (lowest-highest). "
+        f"[All figures]({RESULTS['bench-1b-cpu'].relative_to(ROOT)}).",
+        "",
+        "| x text only | " + " | ".join(SYSTEMS[s] for s in systems) + " |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+        f"Of an image that may be asked about later, {known:.0f} KiB are kept. Rows of a batch show different images, "
+        "except where merged. What this run says about the project's targets:",
+        "",
+        "| target | goal | measured | |",
+        "|---|---|---|---|",
+    ]
+    for target in targets(result):
+        met = "met" if target.met else "**missed**"
+        lines.append(f"| {target.what} | {target.goal} | {target.ratio} | {met} |")
+    return lines
+
+
+#: Mark in the README -> the result that it shows, and how.
+BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
+    "demo": ("demo-small", demo_block),
+    "bench": ("bench-1b-cpu", bench_block),
+}
+
+
+def updated(readme: str) -> str:
+    """The README with its figures from the committed results."""
+    for mark, (name, block) in BLOCKS.items():
+        start, end = f"<!-- {mark}:start -->", f"<!-- {mark}:end -->"
+        head, _, rest = readme.partition(start)
+        _, _, tail = rest.partition(end)
+        body = "\n".join(block(json.loads(RESULTS[name].read_text(encoding="utf-8"))))
+        readme = f"{head}{start}\n{body}\n{end}{tail}"
+    return readme
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        keep(Path(sys.argv[1]))
-    readme = ROOT / "README.md"
-    result = json.loads(RESULT.read_text(encoding="utf-8"))
-    readme.write_text(updated(readme.read_text(encoding="utf-8"), result), encoding="utf-8")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--demo", type=Path, metavar="RUN")
+    parser.add_argument("--bench", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    if args.demo:
+        keep_demo(args.demo)
+    if args.bench:
+        keep_bench(args.bench)
+    path = ROOT / "README.md"
+    path.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")

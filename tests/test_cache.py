@@ -216,3 +216,25 @@ def test_the_factors_of_the_last_image_are_kept_and_are_its_own(model: Any) -> N
         model.generator.Bs.add_(1.0)  # shared by all images, and part of the factors
         changed = model.perceive(images[:1])
     assert not equal(changed, plain[0])
+
+
+def test_offloaded_weights_are_perceived_without_the_cache(model: Any) -> None:
+    class Offloaded(torch.nn.Module):
+        """A tower whose weights are elsewhere between its calls, as accelerate's hooks leave them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.empty(2, device="meta"))
+
+    cache, runs = PerceptionCache(), []
+
+    def features(images: torch.Tensor) -> torch.Tensor:
+        runs.append(len(images))
+        features: torch.Tensor = model.image_features(images)
+        return features
+
+    with torch.no_grad():
+        for _ in range(2):
+            found = cache.perceive(pictures(1), model.generator, Offloaded(), features)
+        assert equal(found, model.perceive(pictures(1)))
+    assert (runs, len(cache)) == ([1, 1], 0)

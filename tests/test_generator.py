@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from llava_vlora import PerceptualWeightsGenerator, VLoRAConfig
 from llava_vlora.decoder import DecoderShape, decoder_shape
 from llava_vlora.errors import ConfigError, ImageError
+from llava_vlora.generator import CrossAttention
 
 PUBLIC = Path(__file__).parent / "data/official_vlora_tiny/qkvom_every2/model/model.safetensors"
 PATCHES, VISUAL, WIDTH = 16, 32, 64
@@ -196,3 +197,28 @@ def test_features_are_cast_to_the_generators_dtype() -> None:
     weights = generator(torch.randn(1, PATCHES, VISUAL))
     assert {f.a.dtype for f in weights.factors.values()} == {torch.bfloat16}
     assert {f.b.dtype for f in weights.factors.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("queries", [1, 3, 8], ids=["one", "few", "too many to gain"])
+def test_cross_attention_equals_torchs_own_in_value_and_gradient(queries: int) -> None:
+    attention = CrossAttention(32, 4, batch_first=True).double()
+    for parameter in attention.parameters():  # biases start at zero, where they could not show
+        torch.nn.init.normal_(parameter, std=0.3)
+    results = []
+    for own in (True, False):
+        torch.manual_seed(0)
+        asked = torch.randn(2, queries, 32, dtype=torch.float64, requires_grad=True)
+        image = torch.randn(2, 20, 32, dtype=torch.float64, requires_grad=True)
+        attention.zero_grad()
+        if own:
+            found = attention(asked, image)[0]
+        else:
+            found = torch.nn.MultiheadAttention.forward(
+                attention, asked, image, image, need_weights=False
+            )[0]
+        found.square().sum().backward()
+        grads = [p.grad.clone() for p in attention.parameters() if p.grad is not None]
+        results.append([found, asked.grad, image.grad, *grads])
+    assert len(results[0]) == len(results[1]) == 7
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)

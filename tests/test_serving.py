@@ -343,6 +343,34 @@ for package, module in (("fastapi", "model_worker"), ("uvicorn", "controller"), 
 """
 
 
+_TWICE = """
+import importlib, sys
+from llava_vlora.integration import registration, serving
+registration.register()
+module = importlib.import_module("llava.serve.model_worker")
+serving.SERVERS[module.__name__](module)
+path, prompt, image = sys.argv[1:]
+worker = module.ModelWorker("", "", "w", True, path, None, "m", False, False, "cpu")
+runs = []
+worker.model.model.vision_tower.vision_tower.register_forward_pre_hook(lambda *_: runs.append(1))
+request = {"prompt": prompt, "images": [image], "temperature": 0, "max_new_tokens": 4, "stop": "</s>"}
+first, second = (list(worker.generate_stream(request))[-1] for _ in range(2))
+assert first == second
+print("runs of the tower:", len(runs))
+"""
+
+
+@pytest.mark.slow
+def test_worker_encodes_an_image_once(
+    models: dict[str, Path], data_dir: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("fastapi", reason="the extra serve is not installed")
+    image = base64.b64encode(picture(data_dir, 0).read_bytes()).decode()
+    done = run_python("-c", _TWICE, str(models["vlora"]), PROMPT, image, cwd=tmp_path)
+    assert done.code == 0, done.errors[-3000:]
+    assert "runs of the tower: 1\n" in done.output
+
+
 @pytest.mark.slow
 def test_missing_packages_are_named(tmp_path: Path) -> None:
     pytest.importorskip("fastapi", reason="the extra serve is not installed")

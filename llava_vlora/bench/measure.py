@@ -68,10 +68,8 @@ class Options:
             raise ConfigError(f"--parts {listing(unknown) or 'is empty'}; valid: {listing(PARTS)}.")
         for name, value in (
             ("--rounds", self.rounds),
-            (
-                "--text-tokens",
-                self.text_tokens - 1,
-            ),  # the image's slot stands after the first token
+            # The image's slot stands after the first token.
+            ("--text-tokens", self.text_tokens - 1),
             ("--steps", self.steps),
             ("--batch", min(self.batches, default=0)),
         ):
