@@ -15,6 +15,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,6 +126,15 @@ def bench_block(result: dict[str, Any]) -> list[str]:
     for target in targets(result):
         met = "met" if target.met else "**missed**"
         lines.append(f"| {target.what} | {target.goal} | {target.ratio} | {met} |")
+    steps = {c["system"]: median(c["seconds"]) for c in result["cells"] if c["part"] == "image"}
+    (first,) = groups(result, "first")
+    shares = [steps["vision tower"] / median(first[s]["seconds"]) for s in ("batched", "llava")]
+    lines += [
+        "",
+        f"The vision tower, which both models run, is {shares[0]:.0%} of VLoRA's time to the first token and "
+        f"{shares[1]:.0%} of LLaVA's; the generator takes {1000 * steps['generator']:.0f} ms, a merge "
+        f"{1000 * steps['merge']:.0f} ms, taking it out again {1000 * steps['restore']:.1f} ms.",
+    ]
     return lines
 
 
