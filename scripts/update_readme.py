@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the README's figures from committed results, so that none is typed by hand.
+"""Write the figures of the README and of docs/serving.md from committed results, so that none is typed by hand.
 
 scripts/update_readme.py [--demo RUN] [--bench FILE]
 
@@ -24,13 +24,12 @@ sys.path.insert(0, str(ROOT))
 from llava_vlora.bench.calls import SYSTEMS  # noqa: E402
 from llava_vlora.bench.summary import groups, mebibytes, precision, ratio, targets  # noqa: E402
 
-RESULTS = {
-    name: ROOT / "docs" / "results" / f"{name}.json" for name in ("demo-small", "bench-1b-cpu")
-}
-PLOTS = {
-    "demo-small": ROOT / "docs/images/demo-accuracy.png",
-    "bench-1b-cpu": ROOT / "docs/images/bench-1b-cpu.png",
-}
+RESULTS = ROOT / "docs" / "results"
+IMAGES = ROOT / "docs" / "images"
+DEMO, DEMO_PLOT = RESULTS / "demo-small.json", IMAGES / "demo-accuracy.png"
+BENCH, BENCH_PLOT = RESULTS / "bench-1b-cpu.json", IMAGES / "bench-1b-cpu.png"
+#: Further runs, for the table of targets.
+MORE = {name: RESULTS / f"bench-{name}.json" for name in ("1b-cpu-repeat", "7b-cpu-bfloat16")}
 
 
 def keep_demo(run: Path) -> None:
@@ -38,28 +37,28 @@ def keep_demo(run: Path) -> None:
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
     for part in ("samples", "training"):
         report.pop(part)
-    RESULTS["demo-small"].write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    shutil.copyfile(run / "plots" / "accuracy.png", PLOTS["demo-small"])
+    DEMO.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    shutil.copyfile(run / "plots" / "accuracy.png", DEMO_PLOT)
 
 
 def keep_bench(result: Path) -> None:
     """Copy a result of the benchmark and its plot into the repository."""
-    shutil.copyfile(result, RESULTS["bench-1b-cpu"])
-    shutil.copyfile(result.with_suffix(".png"), PLOTS["bench-1b-cpu"])
+    shutil.copyfile(result, BENCH)
+    shutil.copyfile(result.with_suffix(".png"), BENCH_PLOT)
 
 
 def demo_block(report: dict[str, Any]) -> list[str]:
     """Accuracy and cost of the demo."""
     settings, models = report["run"]["settings"], report["cost"]["models"]
     return [
-        f"![Accuracy by question type]({PLOTS['demo-small'].relative_to(ROOT)})",
+        f"![Accuracy by question type]({DEMO_PLOT.relative_to(ROOT)})",
         "",
         f"`llava-vlora demo`, size {settings['size']}, seed {settings['seed']}: LLaVA and VLoRA trained by LLaVA's "
         f"own trainer on the same {report['data']['train_images']} rendered scenes, "
         f"{report['run']['recipe']['pretrain_steps']} + {report['run']['recipe']['finetune_steps']} steps, "
         f"{report['data']['test_questions']} held-out questions; {report['run']['machine']['cores']} CPU cores, "
         f"{sum(report['run']['seconds'].values()) / 60:.1f} minutes in all "
-        f"([all figures]({RESULTS['demo-small'].relative_to(ROOT)})).",
+        f"([all figures]({DEMO.relative_to(ROOT)})).",
         "",
         "| | LLaVA | VLoRA | LLaVA, blind |",
         "|---|---|---|---|",
@@ -105,27 +104,21 @@ def bench_block(result: dict[str, Any]) -> list[str]:
         + " |"
     )
     lines = [
-        f"![Time to the first token, decoding speed and growth]({PLOTS['bench-1b-cpu'].relative_to(ROOT)})",
+        f"![Time to the first token, decoding speed and growth]({BENCH_PLOT.relative_to(ROOT)})",
         "",
         f"`llava-vlora bench --shape {shape['name']}`: random weights in the shape of {shape['what']} and CLIP "
         f"ViT-L/14-336, {precision(result)}, {device['name']} with {device['threads']} threads, "
         f"{options['text_tokens']} text tokens. Times as multiples of the plain language model on the same text, which "
         f"sees no image: median over {options['rounds']} rounds of one run (lowest-highest). "
-        f"[All figures]({RESULTS['bench-1b-cpu'].relative_to(ROOT)}).",
+        f"[All figures]({BENCH.relative_to(ROOT)}).",
         "",
         "| x text only | " + " | ".join(SYSTEMS[s] for s in systems) + " |",
         "|---|---|---|---|---|",
         *rows,
         "",
         f"Of an image that may be asked about later, {known:.0f} KiB are kept. Rows of a batch show different images, "
-        "except where merged. What this run says about the project's targets:",
-        "",
-        "| target | goal | measured | |",
-        "|---|---|---|---|",
+        "except where merged.",
     ]
-    for target in targets(result):
-        met = "met" if target.met else "**missed**"
-        lines.append(f"| {target.what} | {target.goal} | {target.ratio} | {met} |")
     steps = {c["system"]: median(c["seconds"]) for c in result["cells"] if c["part"] == "image"}
     (first,) = groups(result, "first")
     shares = [steps["vision tower"] / median(first[s]["seconds"]) for s in ("batched", "llava")]
@@ -134,26 +127,68 @@ def bench_block(result: dict[str, Any]) -> list[str]:
         f"The vision tower, which both models run, is {shares[0]:.0%} of VLoRA's time to the first token and "
         f"{shares[1]:.0%} of LLaVA's; the generator takes {1000 * steps['generator']:.0f} ms, a merge "
         f"{1000 * steps['merge']:.0f} ms, taking it out again {1000 * steps['restore']:.1f} ms.",
+        "",
+        *_targets({"1b-cpu": result} | {name: _read(path) for name, path in MORE.items()}),
     ]
     return lines
 
 
-#: Mark in the README -> the result that it shows, and how.
-BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
-    "demo": ("demo-small", demo_block),
-    "bench": ("bench-1b-cpu", bench_block),
+def _targets(runs: dict[str, dict[str, Any]]) -> list[str]:
+    """The project's targets in several runs."""
+    named = {
+        f"{run['shape']['name']}, {precision(run)}, {run['options']['rounds']} rounds": (file, run)
+        for file, run in runs.items()
+    }
+    heads = [f"[{name}](docs/results/bench-{file}.json)" for name, (file, _) in named.items()]
+    lines = [f"| target, on a CPU | goal | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
+    found = [targets(run) for _, run in named.values()]
+    for row in zip(*found, strict=True):
+        cells = [f"{t.ratio}{'' if t.met else ' **missed**'}" for t in row]
+        lines.append(f"| {row[0].what} | {row[0].goal} | {' | '.join(cells)} |")
+    return lines
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def quantised_block() -> list[str]:
+    """Memory and speed of quantised language models."""
+    lines = [
+        "| [1b on a CPU](results/README.md) | language model, MiB | a token, ms | beside W, x text only | "
+        "peak to the first token, MiB |",
+        "|---|---|---|---|---|",
+    ]
+    for name in ("1b-cpu", "1b-cpu-8bit", "1b-cpu-4bit"):
+        run = _read(RESULTS / f"bench-{name}.json")
+        group = next(g for g in groups(run, "decode") if g["text"]["batch"] == 1)
+        seconds = 1000 * median(group["batched"]["seconds"])
+        peak = mebibytes(run["memory"]["peak_beyond_weights"]["batched"])
+        size = mebibytes(run["weights"]["language model"])
+        times = ratio(group["batched"], group["text"])
+        lines.append(f"| {precision(run)} | {size} | {seconds:.0f} | {times} | {peak} |")
+    return lines
+
+
+#: Mark -> the document that has it, and what stands there.
+BLOCKS: dict[str, tuple[str, Callable[[], list[str]]]] = {
+    "demo": ("README.md", lambda: demo_block(_read(DEMO))),
+    "bench": ("README.md", lambda: bench_block(_read(BENCH))),
+    "quantised": ("docs/serving.md", quantised_block),
 }
 
 
-def updated(readme: str) -> str:
-    """The README with its figures from the committed results."""
-    for mark, (name, block) in BLOCKS.items():
-        start, end = f"<!-- {mark}:start -->", f"<!-- {mark}:end -->"
-        head, _, rest = readme.partition(start)
-        _, _, tail = rest.partition(end)
-        body = "\n".join(block(json.loads(RESULTS[name].read_text(encoding="utf-8"))))
-        readme = f"{head}{start}\n{body}\n{end}{tail}"
-    return readme
+def updated(name: str) -> str:
+    """A document with its figures from the committed results."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for mark, (document, block) in BLOCKS.items():
+        if document == name:
+            start, end = f"<!-- {mark}:start -->", f"<!-- {mark}:end -->"
+            head, _, rest = text.partition(start)
+            _, _, tail = rest.partition(end)
+            text = f"{head}{start}\n{chr(10).join(block())}\n{end}{tail}"
+    return text
 
 
 if __name__ == "__main__":
@@ -167,5 +202,5 @@ if __name__ == "__main__":
         keep_demo(args.demo)
     if args.bench:
         keep_bench(args.bench)
-    path = ROOT / "README.md"
-    path.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for name in dict.fromkeys(document for document, _ in BLOCKS.values()):
+        (ROOT / name).write_text(updated(name), encoding="utf-8")
