@@ -28,7 +28,11 @@ class Ratio:
 
     def __str__(self) -> str:
         """``0.98 (0.97-0.99)``."""
-        return f"{self.value:.3g} ({self.low:.3g}-{self.high:.3g})"
+        return f"{_short(self.value)} ({_short(self.low)}-{_short(self.high)})"
+
+
+def _short(number: float) -> str:
+    return f"{number:.0f}" if number >= 100 else f"{number:#.3g}"
 
 
 @dataclass(frozen=True)
