@@ -349,7 +349,7 @@ def test_side_by_side(
     assert "my vlora" in out
     assert "my llava" in out
     assert "visual tokens" in out
-    assert "merged (one image" in out
+    assert "batched (24 new tokens" in out
     assert ("╭" in out) == (width == 140)
 
 

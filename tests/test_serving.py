@@ -356,7 +356,7 @@ worker.model.model.vision_tower.vision_tower.register_forward_pre_hook(lambda *_
 request = {"prompt": prompt, "images": [image], "temperature": 0, "max_new_tokens": 4, "stop": "</s>"}
 first, second = (list(worker.generate_stream(request))[-1] for _ in range(2))
 assert first == second
-print("runs of the tower:", len(runs))
+assert len(runs) == 1, runs
 """
 
 
@@ -368,7 +368,6 @@ def test_worker_encodes_an_image_once(
     image = base64.b64encode(picture(data_dir, 0).read_bytes()).decode()
     done = run_python("-c", _TWICE, str(models["vlora"]), PROMPT, image, cwd=tmp_path)
     assert done.code == 0, done.errors[-3000:]
-    assert "runs of the tower: 1\n" in done.output
 
 
 @pytest.mark.slow
