@@ -55,19 +55,55 @@ def test_calls_do_what_their_names_say(bench: Bench) -> None:
         m.model.layers[0].register_forward_pre_hook(note, with_kwargs=True)
         for m in (models.text, models.llava, models.vlora)
     ]
+    systems = ("text", "llava", "batched", "merged")
     try:
-        for system in ("text", "llava", "batched", "merged", "cached"):
+        for system in (*systems, "cached"):
             with calls.first_token(system, 10)() as call:
+                call()
+        for system in systems:
+            with calls.prefill(system, 10, 30)() as call:
+                call()
+        for system in ("text", "llava", "batched"):
+            with calls.from_features(system, 10, 20)() as call:
                 call()
     finally:
         for handle in handles:
             handle.remove()
-    assert lengths == [10, 10 + 64, 10, 10, 10]
+    first, prefill, grown = lengths[:5], lengths[5:9], lengths[9:]
+    assert first == [10, 10 + 64, 10, 10, 10]
+    assert prefill == [10, 10 + 30, 10, 10]
+    assert grown == [10, 10 + 20, 10]
     ids = calls.ids(1, 6)
     plain = models.text(ids).logits
     assert torch.equal(models.vlora(ids).logits, plain)
-    with models.vlora.seeing(calls.weights(1)):
-        assert not torch.equal(models.vlora(ids).logits, plain)
+    for system in ("batched", "merged"):
+        with calls._context(system, 1)():
+            assert not torch.equal(models.vlora(ids).logits, plain)
+            assert torch.equal(models.text(ids).logits, plain)
+
+
+@torch.inference_mode()
+def test_decoding_goes_on_after_the_prompt_each_time(bench: Bench) -> None:
+    """Every round decodes behind the same prompt, with LLaVA's visual tokens in its cache."""
+    seen: list[tuple[int, int]] = []
+
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        past = kwargs["past_key_values"]
+        length = past.get_seq_length() if hasattr(past, "get_seq_length") else past[0][0].shape[2]
+        seen.append((kwargs["input_ids"].shape[0], length))
+
+    for system, start in (("text", 10), ("llava", 10 + 30), ("batched", 10), ("merged", 10)):
+        prepared = bench.calls.decode(system, 3, 10, 30, 2)
+        model = bench.calls._model(system)
+        handle = model.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            for _ in range(2):
+                with prepared() as call:
+                    call()
+        finally:
+            handle.remove()
+        assert seen == [(3, start), (3, start + 1)] * 2
+        seen.clear()
 
 
 def test_every_part_has_every_system(result: dict[str, Any]) -> None:
