@@ -67,6 +67,7 @@ def _run(module: str, arguments: list[str], seed: int | None) -> None:
     from .integration.compat import redirect_cuda
     from .integration.registration import register
     from .integration.serving import SERVERS, serve
+    from .integration.zero import leave_process_group
 
     register()
     if redirect_cuda():
@@ -79,6 +80,7 @@ def _run(module: str, arguments: list[str], seed: int | None) -> None:
         target = importlib.import_module(module)
         sys.argv = [str(target.__file__), *arguments]
         getattr(target, _ENTRY_POINTS[module])()
+        leave_process_group()
     elif module in SERVERS:
         serve(module, arguments)
     else:

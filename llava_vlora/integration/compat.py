@@ -20,6 +20,8 @@ from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from torch import Tensor
 
+from .zero import round_bucket_size
+
 
 def accept_cache_position() -> bool:
     """Transformers since 4.38 passes ``cache_position`` to ``forward``, which LLaVA's does not take."""
@@ -210,6 +212,8 @@ def apply_training_shims() -> list[str]:
     applied = [restore_layernorm_list.__name__] if restore_layernorm_list() else []
     from llava.train import llava_trainer, train
 
+    if round_bucket_size():
+        applied.append(round_bucket_size.__name__)
     for shim, modules in (
         (accept_sampler_dataset, (llava_trainer,)),
         (drop_checkpoint_metrics, (llava_trainer,)),

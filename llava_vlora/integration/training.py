@@ -18,6 +18,7 @@ from .checkpoint import is_vlora, load_projector, read_json, read_tensors
 from .data_errors import name_data_errors
 from .meta_model import VLoRAMetaModel
 from .modeling import LlavaVLoRALlamaForCausalLM, LlavaVLoRAMistralForCausalLM
+from .zero import join_process_group, let_deepspeed_choose_the_device, unify_dtype
 
 _VISION_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -106,6 +107,7 @@ def patch_training(train: ModuleType) -> None:
     train.ModelArguments = ModelArguments  # type: ignore[attr-defined]
     train.LlavaLlamaForCausalLM = _ChosenClass(stock_class)  # type: ignore[attr-defined]
     name_data_errors(train)
+    let_deepspeed_choose_the_device(train)
     _patch_vision_dtype()
 
 
@@ -147,6 +149,7 @@ class _ChosenClass:
         return self._stock(*args, **kwargs)
 
     def from_pretrained(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        join_process_group()
         kwargs["attn_implementation"] = _available_attention(kwargs.get("attn_implementation"))
         arguments = cast(Any, _Request.arguments)
         wanted = arguments is not None and arguments.mm_projector_type == "vlora"
@@ -241,6 +244,7 @@ def _patch_vision_dtype() -> None:
         if isinstance(self, VLoRAMetaModel):
             initialize_generator(self, model_args, fsdp)
         stock(self, model_args, fsdp)
+        unify_dtype(self)
         wanted = getattr(model_args, "mm_vision_dtype", None)
         if wanted is not None:
             _hold_dtype(self.get_vision_tower(), _VISION_DTYPES[wanted])

@@ -1,0 +1,86 @@
+"""What DeepSpeed needs so that LLaVA's trainer, stock or not, runs with it wherever PyTorch does."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from types import ModuleType
+from typing import Any
+
+import accelerate
+import torch
+from packaging.version import Version
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+
+def let_deepspeed_choose_the_device(train: ModuleType) -> None:
+    """Without a GPU, ``--use_cpu`` makes accelerate before 1.0 train without DeepSpeed and not say so."""
+    if Version(accelerate.__version__).major > 0:
+        return
+    stock = train.TrainingArguments.__post_init__
+
+    @functools.wraps(stock)
+    def __post_init__(self: Any) -> None:
+        if self.deepspeed and self.use_cpu and not torch.cuda.is_available():
+            print(
+                "llava_vlora: --use_cpu is left out, for it would switch DeepSpeed off.",
+                file=sys.stderr,
+            )
+            self.use_cpu = False
+        stock(self)
+
+    train.TrainingArguments.__post_init__ = __post_init__
+
+
+def round_bucket_size() -> bool:
+    """Transformers up to 4.37 sets ``stage3_prefetch_bucket_size`` to a fraction, which newer DeepSpeed refuses."""
+    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
+
+    stock = HfTrainerDeepSpeedConfig.fill_only
+    finalize = inspect.getsource(HfTrainerDeepSpeedConfig.trainer_config_finalize)
+    if "int(0.9 *" in finalize or hasattr(stock, "__wrapped__"):
+        return False
+
+    @functools.wraps(stock)
+    def fill_only(self: Any, ds_key_long: str, hf_val: Any) -> None:
+        stock(self, ds_key_long, round(hf_val) if ds_key_long.endswith("bucket_size") else hf_val)
+
+    HfTrainerDeepSpeedConfig.fill_only = fill_only
+    return True
+
+
+def join_process_group() -> None:
+    """Tell DeepSpeed of the process group that PyTorch has; ZeRO-3 builds models with it.
+
+    On a CPU, transformers starts the group without DeepSpeed, which then takes itself for the only process and
+    refuses the batch size.
+    """
+    if not is_deepspeed_zero3_enabled() or not torch.distributed.is_initialized():
+        return
+    import deepspeed
+
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_init_required=False)
+
+
+def unify_dtype(model: Any) -> None:
+    """Give the projector or generator the language model's dtype under ZeRO-3, which partitions one dtype alone.
+
+    LLaVA builds the projector in float32 beside a bfloat16 model. ZeRO-2 converts the whole model when it starts,
+    so this is no other precision than there; the optimizer's own copy is float32 in both.
+    """
+    if not is_deepspeed_zero3_enabled():
+        return
+    wanted = model.get_input_embeddings().weight.dtype
+    if any(p.dtype != wanted for p in model.mm_projector.parameters()):
+        print(
+            f"llava_vlora: ZeRO-3 takes one dtype: mm_projector becomes {wanted}.", file=sys.stderr
+        )
+        model.mm_projector.to(wanted)
+
+
+def leave_process_group() -> None:
+    """Close the process group: DeepSpeed leaves threads of it running, which abort the process as it ends."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
