@@ -56,9 +56,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Good and bad images, two of them below another folder."""
     folder = tmp_path_factory.mktemp("data") / "images"
     (folder / "sub").mkdir(parents=True)
-    noise = Image.fromarray(
-        np.random.default_rng(0).integers(0, 256, (120, 160, 3), np.uint8), "RGB"
-    )
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (120, 160, 3), np.uint8))
     for name in ("good.png", "good.jpg", "sub/good.webp", "../outside.png"):
         noise.save(folder / name)
     for name in ("good.png", "good.jpg"):
@@ -297,7 +295,8 @@ def test_labels_of_every_sample_are_those_of_the_trainer(
     expected = dataset(records, version)
     with tokenising(TokenSettings(str(tokenizer_dir), version, LIMIT)) as tokeniser:
         assert [tokeniser.sample(r).labels.tolist() for r in records] == expected
-    assert any(label != -100 for label in expected[0])
+    # This tokenizer's blanks do not suit llama_2: LLaVA ignores every sample.
+    assert any(label != -100 for label in expected[0]) == (version != "llava_llama_2")
 
 
 def test_the_printed_mask_is_the_labels(
@@ -314,16 +313,17 @@ def test_the_printed_mask_is_the_labels(
     )
     check([TOKENS[1], sample], "--model", tokenizer_dir)
     shown = capsys.readouterr().out
-    head, _, text = shown.partition("]]):\n") if "]]):\n" in shown else shown.partition("):\n")
+    head, _, text = shown.partition("(in [[ ]]):\n")
     assert "Record 1 (id x)" in head
     text = text.split("\n\n")[0]
     pieces = [part.partition("]]")[0] for part in text.split("[[")[1:]]
-    assert pieces == [" it is red</s>", " red</s>"]
+    # With this tokenizer LLaVA learns the colon too: its own is off by one here.
+    assert pieces == [": it is red</s>", ": red</s>"]
     labels = [label for label in dataset([sample], "v1")[0] if label != -100]
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, use_fast=False)
-    assert tokenizer.decode(labels).split() == "".join(pieces).split()
+    assert tokenizer.decode(labels).split() == " ".join(pieces).split()
     assert f"{len(labels)} learned" in head
-    assert "USER: <image>\nWhat colour is the image? ASSISTANT:[[ it" in text
+    assert "USER:<image> What colour is the image? ASSISTANT[[: it" in text
 
 
 def test_learned_words_are_coloured_in_a_terminal() -> None:
@@ -433,20 +433,15 @@ def test_the_input_is_never_overwritten(
 # --- processes -------------------------------------------------------------------------------------
 
 
-def die(folder: str, quick: bool) -> Any:
-    os._exit(9)
-
-
 def test_a_dead_worker_is_an_error_not_a_hang() -> None:
     with pytest.raises(pool.WorkerError, match="--workers 1"):
-        pool.run(die, ("", True), ["a", "b"], workers=2, chunk=1, advance=lambda n: None)
+        pool.run(os._exit, (9,), ["a", "b"], workers=2, chunk=1, advance=lambda n: None)  # type: ignore[arg-type]
 
 
 def test_an_interrupt_ends_the_command_and_its_workers(tmp_path: Path, images: Path) -> None:
     """Ctrl-C reaches every process of a terminal's group."""
     file = tmp_path / "data.json"
     records = [rec(i, image=f"sub/{'../sub/' * i}../good.jpg") for i in range(600)]
-    os.mkfifo(tmp_path / "never")
     file.write_text(json.dumps(records))
     code = (
         "import sys, llava_vlora.data.images as i, llava_vlora.cli as c\n"
@@ -468,6 +463,8 @@ def test_an_interrupt_ends_the_command_and_its_workers(tmp_path: Path, images: P
     out, err = child.communicate(timeout=10)
     assert child.returncode == 130, (out, err)
     assert err == "llava-vlora check-data: interrupted\n"
+    while members(child.pid) and time.monotonic() < deadline:  # Python's own tracker ends after it
+        time.sleep(0.02)
     assert not members(child.pid)
 
 

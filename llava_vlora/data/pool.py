@@ -73,10 +73,9 @@ def _run_pool(
     )
     try:
         futures: dict[Future[list[Result]], int] = {}
-        with _interrupts_ignored():  # inherited by the processes: only this one obeys Ctrl-C
-            futures[pool.submit(_check_chunk, chunks[0])] = 0
-        for i, items in enumerate(chunks[1:], start=1):
-            futures[pool.submit(_check_chunk, items)] = i
+        with _interrupts_held():  # inherited by the processes: only this one obeys Ctrl-C
+            for i, items in enumerate(chunks):
+                futures[pool.submit(_check_chunk, items)] = i
         done: list[list[Result]] = [[] for _ in chunks]
         for future in as_completed(futures):
             results = done[futures[future]] = future.result()
@@ -95,15 +94,23 @@ def _run_pool(
 
 
 @contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
+def _interrupts_held() -> Iterator[None]:
+    """Keep Ctrl-C for the end of the block: a process whose start it cuts short prints a traceback."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    held: list[int] = []
+    # The mask is for the children; here, other threads would still take the signal and pass it on.
+    handler = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 # --- in a worker ------------------------------------------------------------------------------------

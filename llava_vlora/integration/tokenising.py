@@ -64,6 +64,9 @@ class Tokeniser:
         """The functions of ``llava.train.train`` for a tokenizer."""
         self._train: Any = train
         self.tokenizer = tokenizer
+        self._special = dict(
+            zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
+        )
         self._arguments = SimpleNamespace(is_multimodal=True, mm_use_im_start_end=False)
 
     def sample(self, record: dict[str, Any]) -> Sample:
@@ -117,13 +120,21 @@ class Tokeniser:
         return [(self._text(ids), trained) for ids, trained in found]
 
     def _text(self, ids: list[int]) -> str:
-        if IMAGE_TOKEN_INDEX in ids:
-            slot = ids.index(IMAGE_TOKEN_INDEX)
-            return f"{self._text(ids[:slot])}<image>{self._text(ids[slot + 1 :])}"
+        text, words = "", list[int]()
+        # Some tokenizers put blanks of their own around special tokens, so these are taken out first.
+        for token in ids:
+            if token == IMAGE_TOKEN_INDEX or token in self._special:
+                text += self._words(words) + self._special.get(token, "<image>")
+                words = []
+            else:
+                words.append(token)
+        return text + self._words(words)
+
+    def _words(self, ids: list[int]) -> str:
         if not ids:
             return ""
         tokens = self.tokenizer.convert_ids_to_tokens(ids)
-        blank = tokens[0].startswith("\u2581")  # sentencepiece's blank, dropped at the beginning
+        blank = tokens[0].startswith("\u2581")  # sentencepiece's, which is dropped at the beginning
         text = str(self.tokenizer.convert_tokens_to_string(tokens))
         return f" {text}" if blank and not text.startswith(" ") else text
 
