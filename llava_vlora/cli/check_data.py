@@ -130,10 +130,13 @@ def _show_sample(
 ) -> TokenSettings:
     """Print the first record that LLaVA would learn from, before anything takes long."""
     with console.status("Loading LLaVA and the tokenizer"):
+        from ..data.pool import interrupts_held
         from ..data.records import check_record
         from ..data.report import printable, sample_text
         from ..errors import DataError
-        from ..integration.tokenising import TokenSettings, tokenising
+
+        with interrupts_held():  # LLaVA's import swallows one, and fails for another reason later
+            from ..integration.tokenising import TokenSettings, tokenising
 
         settings = TokenSettings(args.model, args.version, args.model_max_length)
         with tokenising(settings) as tokeniser:

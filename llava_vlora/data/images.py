@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 #: Kind and detail of what is wrong with an image.
 Fault = tuple[str, str]
@@ -64,7 +64,9 @@ def _decode(path: str, quick: bool) -> Fault | None:
                 if image.mode != "RGB":
                     image.convert("RGB")
     except Image.DecompressionBombError as error:
-        return "huge-image", f"{path}: {error}"
+        return "huge-image", f"{path}: {error}".partition(", could be")[0]
+    except UnidentifiedImageError:
+        return "unreadable-image", f"{path}: no image format that PIL knows"
     except Exception as error:  # PIL's readers let whatever a damaged file provokes pass
         kind = "truncated-image" if "truncated" in str(error).lower() else "unreadable-image"
         return kind, f"{path}: {error or type(error).__name__}"

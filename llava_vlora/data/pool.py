@@ -73,7 +73,7 @@ def _run_pool(
     )
     try:
         futures: dict[Future[list[Result]], int] = {}
-        with _interrupts_held():  # inherited by the processes: only this one obeys Ctrl-C
+        with interrupts_held():  # a process whose start is cut short prints a traceback
             for i, items in enumerate(chunks):
                 futures[pool.submit(_check_chunk, items)] = i
         done: list[list[Result]] = [[] for _ in chunks]
@@ -94,8 +94,8 @@ def _run_pool(
 
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Keep Ctrl-C for the end of the block: a process whose start it cuts short prints a traceback."""
+def interrupts_held() -> Iterator[None]:
+    """Keep Ctrl-C for the end of a block that it must not cut short; processes started inside never get it."""
     main = threading.current_thread() is threading.main_thread()
     if not main or not hasattr(signal, "pthread_sigmask"):  # Windows
         yield

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -27,12 +28,12 @@ def summary(findings: Sequence[Finding]) -> Table:
         found = groups.get(kind)
         if not found:
             continue
-        cell = Text()
-        cell.append(kind, "bold red" if kind in PROBLEMS else "bold yellow")
-        cell.append(f": {meaning}" if kind in PROBLEMS else f" (note): {meaning}")
+        problem = kind in PROBLEMS
+        name = Text(kind, "bold red" if problem else "bold yellow")
+        table.add_row(str(len(found)), name + Text(f"{'' if problem else ' (note)'}: {meaning}"))
         for finding in found[:_EXAMPLES]:
-            cell.append(f"\n  {_place(finding)}: ", "dim").append(printable(finding.detail))
-        table.add_row(str(len(found)), cell)
+            line = Text(f"{_place(finding)}: ", "dim") + Text(printable(finding.detail), "default")
+            table.add_row("", Padding(line, (0, 0, 0, 2)))
     return table
 
 

@@ -24,6 +24,8 @@ from .registration import register
 #: Versions that LLaVA's trainer takes without a conversation template of that name.
 _UNTEMPLATED = ("v0", "v0.5")
 _UNLIMITED = 1 << 30
+#: What transformers calls its warning of a long text.
+_TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,8 @@ def _tokenizer(settings: TokenSettings) -> Any:
         tokenizer.pad_token = tokenizer.unk_token
     elif tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    # Said once for the first long record, with advice that is none here: its length is a finding.
+    tokenizer.deprecation_warnings[_TOO_LONG] = True
     return tokenizer
 
 
