@@ -308,8 +308,9 @@ def test_the_printed_mask_is_the_labels(
     """What stands in brackets, tokenised, is what LLaVA's labels hold."""
     from transformers import AutoTokenizer
 
+    asked = say("human", "What colour is the image?\n<image>")  # LLaVA moves it to the front
     sample = rec(
-        "x", QUESTION, say("gpt", "it is red"), say("human", "Sure?"), ANSWER, image="good.png"
+        "x", asked, say("gpt", "it is red"), say("human", "Sure?"), ANSWER, image="good.png"
     )
     check([TOKENS[1], sample], "--model", tokenizer_dir)
     shown = capsys.readouterr().out
@@ -341,11 +342,14 @@ def test_what_llava_cannot_tokenise(check: Check, tokenizer_dir: Path) -> None:
     assert check(records, *flags) == (1, {"cannot-tokenise": ["two"]})
 
 
-def test_the_default_conversation_is_restored(check: Check, tokenizer_dir: Path) -> None:
+def test_the_default_conversation_is_restored(
+    check: Check, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from llava import conversation
     from llava.train import train
 
-    before = conversation.default_conversation
+    before = conversation.conv_templates["mpt"]
+    monkeypatch.setattr(conversation, "default_conversation", before)
     check([TOKENS[0]], "--model", tokenizer_dir, "--version", "plain")
     assert conversation.default_conversation is before
     assert "print" not in vars(train)
