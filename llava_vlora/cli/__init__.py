@@ -17,6 +17,7 @@ _VERBS = {
     "export": "llava_vlora.cli.export",
     "bench": "llava_vlora.cli.bench",
     "chat": "llava_vlora.cli.chat",
+    "check-data": "llava_vlora.cli.check_data",
 }
 
 
