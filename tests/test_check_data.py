@@ -442,11 +442,15 @@ def test_a_dead_worker_is_an_error_not_a_hang() -> None:
         pool.run(os._exit, (9,), ["a", "b"], workers=2, chunk=1, advance=lambda n: None)  # type: ignore[arg-type]
 
 
-def test_an_interrupt_ends_the_command_and_its_workers(tmp_path: Path, images: Path) -> None:
+def test_an_interrupt_ends_the_command_and_its_workers(tmp_path: Path) -> None:
     """Ctrl-C reaches every process of a terminal's group."""
-    file = tmp_path / "data.json"
-    records = [rec(i, image=f"sub/{'../sub/' * i}../good.jpg") for i in range(600)]
-    file.write_text(json.dumps(records))
+    file, images = tmp_path / "data.json", tmp_path / "images"
+    images.mkdir()
+    # Enough work for the interrupt to find the workers at it, however busy the machine is.
+    Image.new("RGB", (5000, 5000)).save(images / "large.png")
+    for i in range(200):
+        (images / f"{i}.png").hardlink_to(images / "large.png")
+    file.write_text(json.dumps([rec(i, image=f"{i}.png") for i in range(200)]))
     code = (
         "import sys, llava_vlora.data.images as i, llava_vlora.cli as c\n"
         f"sys.exit(c.main(['check-data', {str(file)!r}, '--image-folder', {str(images)!r}, '--workers', '2']))"
