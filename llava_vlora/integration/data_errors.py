@@ -9,7 +9,10 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import DataError, ImageError
+from .flags import MAX_MISMATCH, Request
 
+#: Records that are tokenised before a run.
+_SAMPLED = 256
 _FORMAT = (
     '{"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\n..."}, '
     '{"from": "gpt", "value": "..."}]}, where "image" may be absent'
@@ -19,11 +22,11 @@ _FORMAT = (
 def name_data_errors(train: ModuleType) -> None:
     """Make the data set of ``llava.train.train`` say what is wrong with its files; valid data is read as before."""
     dataset = train.LazySupervisedDataset
-    dataset.__init__ = _checked(dataset.__init__)
+    dataset.__init__ = _checked(dataset.__init__, train)
     dataset.__getitem__ = _named(dataset.__getitem__)
 
 
-def _checked(stock: Callable[..., None]) -> Callable[..., None]:
+def _checked(stock: Callable[..., None], train: ModuleType) -> Callable[..., None]:
     @functools.wraps(stock)
     def __init__(self: Any, data_path: str, *args: Any, **kwargs: Any) -> None:
         try:
@@ -36,6 +39,7 @@ def _checked(stock: Callable[..., None]) -> Callable[..., None]:
             raise DataError(
                 f"{data_path} has records with images: give their folder, --image_folder."
             )
+        _check_tokens(self, train, data_path)
 
     return __init__
 
@@ -60,6 +64,35 @@ def _named(stock: Callable[..., Any]) -> Callable[..., Any]:
             ) from error
 
     return __getitem__
+
+
+def _check_tokens(dataset: Any, train: ModuleType, path: str) -> None:
+    """Refuse data of which LLaVA would ignore much: it says so in a line for each record and trains on nothing."""
+    limit = getattr(dataset.data_args, "max_mismatch", None)
+    if limit is None:
+        limit = MAX_MISMATCH if Request.vlora() else 1.0
+    if limit >= 1:
+        return
+    from .tokenising import Tokeniser
+
+    tokeniser, records = Tokeniser(train, dataset.tokenizer), dataset.list_data_dict
+    chosen = sorted({i * len(records) // _SAMPLED for i in range(_SAMPLED)})
+    empty: dict[int, str] = {}
+    for i in chosen:
+        try:
+            sample = tokeniser.sample(records[i])
+        except DataError:
+            continue  # named when the record's turn comes
+        if not sample.trained:
+            empty[i] = sample.warning or f"{len(sample.input_ids)} tokens, none of them learned"
+    if len(empty) > limit * len(chosen):
+        first, why = next(iter(empty.items()))
+        raise DataError(
+            f"Of {len(chosen)} sampled records of {path}, {len(empty)} ({len(empty) / len(chosen):.1%}) would teach "
+            f"nothing, the first is {_place(records[first], first, path)}: {why.strip()}. Usually --version or "
+            "--model_max_length does not fit the model: llava-vlora check-data lists the records. "
+            f"--max_mismatch {limit:g} is the share that is let through."
+        )
 
 
 def check_records(records: object, path: str) -> None:

@@ -1,0 +1,1 @@
+"""What a long training run needs beside its arithmetic; knows nothing of LLaVA."""
