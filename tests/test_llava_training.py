@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.tiny import VLORA_FLAGS, training_command
+from tests.tiny import VLORA_FLAGS, make_llm, training_command
 from tests.two_stacks import (
     RUN,
     Finished,
@@ -244,6 +244,18 @@ MISTAKES = {
     "role": ["DataError", "record 1 (id 'a7')", "role.json", "bot"],
     "missing-image": ["ImageError", "gone.png", "record 1 (id 'a7')", "missing-image.json"],
     "corrupt-image": ["ImageError", "0.png", "(id '0')", "finetune.json"],
+    "stage-rank": ["CheckpointError", "mm_projector.bin", "vlora_rank 4", "vlora_rank 8"],
+    "stage-layer": ["CheckpointError", "mm_vision_select_layer -2", "mm_vision_select_layer -1"],
+    "stage-width": ["CheckpointError", "vlora_llm_depth 4", "vlora_llm_depth 2"],
+    "stage-base": ["CheckpointError", "another language model", "embed_tokens", "--model_name"],
+    "start-end": ["ConfigError", "vlora", "--mm_use_im_start_end False"],
+    "freeze-tune": ["ConfigError", "--tune_mm_mlp_adapter True", "--freeze_mm_mlp_adapter True"],
+    "tune-lora": ["ConfigError", "--tune_mm_mlp_adapter True", "--lora_enable True"],
+    "frozen-new": ["ConfigError", "--freeze_mm_mlp_adapter", "--pretrain_mm_mlp_adapter"],
+    "bits-full": ["ConfigError", "--bits 4", "--lora_enable True"],
+    "bits-zero3": ["ConfigError", "--bits 4", "ZeRO-3", "zero3.json", "ZeRO-2"],
+    "nothing-learned": ["DataError", "16 (100.0%)", "record 0 (id '0')", "check-data"],
+    "no-folder": ["CheckpointError", "--output_dir", "cannot be written to"],
     "corrupt-in-worker": ["ImageError", "0.png", "(id '0')", "finetune.json"],
 }
 
@@ -269,6 +281,10 @@ def refused(
     good = json.loads((data_dir / "finetune.json").read_text())[:1]
     for name, record in BAD_RECORDS.items():
         files[name].write_text(json.dumps([*good, record]))
+    other = shutil.copytree(llm_dir, folder / "other-base")
+    weights = load_file(other / "model.safetensors")
+    weights["model.embed_tokens.weight"] *= 1.05
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
     broken = shutil.copytree(data_dir, folder / "broken")
     for image in (broken / "images").iterdir():
         image.write_bytes(image.read_bytes()[:60])
@@ -287,6 +303,25 @@ def refused(
             "mm_projector_type": "mlp2x_gelu",
         },
         "vision-dtype": {"mm_vision_dtype": "int8"},
+        "stage-rank": {"vlora_rank": 8, "pretrain_mm_mlp_adapter": start},
+        "stage-layer": {"mm_vision_select_layer": -1, "pretrain_mm_mlp_adapter": start},
+        "stage-width": {
+            "model_name_or_path": make_llm(folder / "short", layers=2),
+            "pretrain_mm_mlp_adapter": start,
+        },
+        "stage-base": {"model_name_or_path": other, "pretrain_mm_mlp_adapter": start},
+        "start-end": {"mm_use_im_start_end": True},
+        "freeze-tune": {"tune_mm_mlp_adapter": True, "freeze_mm_mlp_adapter": True},
+        "tune-lora": {"tune_mm_mlp_adapter": True, "lora_enable": True},
+        "frozen-new": {"freeze_mm_mlp_adapter": True},
+        "bits-full": {"bits": 4},
+        "bits-zero3": {
+            "bits": 4,
+            "lora_enable": True,
+            "deepspeed": Path(__file__).parents[1] / "scripts" / "zero3.json",
+        },
+        "nothing-learned": {"model_max_length": 4},
+        "no-folder": {"output_dir": files["object"] / "out"},
         "stage-gone": {"pretrain_mm_mlp_adapter": folder / "nowhere" / "mm_projector.bin"},
         "stage-damaged": {"pretrain_mm_mlp_adapter": damaged},
         "data-gone": {"data_path": files["nowhere"]},
@@ -308,6 +343,9 @@ def refused(
         name: command("finetune", *place, folder / f"out-{name}", **more)
         for name, more in flags.items()
     }
+    commands["stage-base-again"] = command(
+        "finetune", *place, folder / "same", max_steps=1, bf16=True, pretrain_mm_mlp_adapter=start
+    )
     return folder, run_modules(commands, folder)
 
 
@@ -325,6 +363,13 @@ def test_mistakes_end_in_one_message(
         assert part in message
     written = folder / f"out-{mistake}"
     assert not written.exists() or not [f for f in written.rglob("*") if f.is_file()]
+
+
+def test_the_same_base_in_bfloat16_is_let_through(
+    refused: tuple[Path, Mapping[str, Finished]],
+) -> None:
+    done = refused[1]["stage-base-again"]
+    assert done.code == 0, done.errors[-3000:]
 
 
 def test_public_bug_unreadable_image_became_a_grey_one(

@@ -27,7 +27,7 @@ import json, os, sys, traceback
 from llava_vlora import run
 from llava_vlora.integration.registration import register
 register()
-for arguments, log in json.loads(sys.argv[1]):
+for arguments, log, before in json.loads(sys.argv[1]):
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
@@ -35,6 +35,7 @@ for arguments, log in json.loads(sys.argv[1]):
             os.dup2(os.open(f"{log}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
         code = 1
         try:
+            exec(before)
             code = run.main(arguments)
         except SystemExit as end:
             code = end.code or 0
@@ -94,19 +95,26 @@ def run_module(*arguments: object, stdin: str = "", cwd: Path | None = None) -> 
     return run_python("-m", "llava_vlora.run", *arguments, stdin=stdin, cwd=cwd)
 
 
-def run_modules(commands: Mapping[str, Sequence[object]], logs: Path) -> dict[str, Finished]:
+def run_modules(
+    commands: Mapping[str, Sequence[object]], logs: Path, before: Mapping[str, str] | None = None
+) -> dict[str, Finished]:
     """Run LLaVA modules under the launcher one after the other, each in a process of its own.
 
     Args:
         commands: The launcher's arguments by a name.
         logs: Existing folder for what they print.
+        before: Python statements that a process runs first, by the same names.
     """
-    jobs = [([str(a) for a in command], str(logs / name)) for name, command in commands.items()]
+    first = before or {}
+    jobs = [
+        ([str(a) for a in command], str(logs / name), first.get(name, ""))
+        for name, command in commands.items()
+    ]
     forks = run_python("-c", _FORKS, json.dumps(jobs))
     assert forks.code == 0, forks.errors
     return {
         name: Finished(int(code), *(Path(f"{log}.{i}").read_text() for i in (1, 2)))
-        for name, code, (_, log) in zip(commands, forks.output.split(), jobs, strict=True)
+        for name, code, (_, log, _) in zip(commands, forks.output.split(), jobs, strict=True)
     }
 
 

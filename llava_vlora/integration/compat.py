@@ -20,7 +20,7 @@ from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from torch import Tensor
 
-from .zero import round_bucket_size
+from .zero import accumulate_with_partitioned_gradients, round_bucket_size
 
 
 def accept_cache_position() -> bool:
@@ -212,8 +212,11 @@ def apply_training_shims() -> list[str]:
     applied = [restore_layernorm_list.__name__] if restore_layernorm_list() else []
     from llava.train import llava_trainer, train
 
-    if round_bucket_size():
-        applied.append(round_bucket_size.__name__)
+    applied += [
+        shim.__name__
+        for shim in (round_bucket_size, accumulate_with_partitioned_gradients)
+        if shim()
+    ]
     for shim, modules in (
         (accept_sampler_dataset, (llava_trainer,)),
         (drop_checkpoint_metrics, (llava_trainer,)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -47,6 +48,26 @@ def round_bucket_size() -> bool:
         stock(self, ds_key_long, round(hf_val) if ds_key_long.endswith("bucket_size") else hf_val)
 
     HfTrainerDeepSpeedConfig.fill_only = fill_only
+    return True
+
+
+def accumulate_with_partitioned_gradients() -> bool:
+    """Accelerate before 1.0 asks DeepSpeed not to reduce gradients while it accumulates, which ZeRO-2 and 3 refuse.
+
+    DeepSpeed accumulates by its own count, so there is nothing to ask for.
+    """
+    stock = accelerate.Accelerator.no_sync
+    if Version(accelerate.__version__).major > 0 or hasattr(stock, "llava_vlora_mended"):
+        return False
+
+    def no_sync(self: Any, model: Any) -> Any:
+        plugin = getattr(self.state, "deepspeed_plugin", None)
+        if plugin is not None and plugin.zero_stage >= 2:
+            return contextlib.nullcontext()
+        return stock(self, model)
+
+    no_sync.llava_vlora_mended = True  # type: ignore[attr-defined]
+    accelerate.Accelerator.no_sync = no_sync
     return True
 
 

@@ -243,8 +243,8 @@ def named_disk_errors(unfinished: Path, folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         # torch and safetensors report a full disk in exceptions of their own
-        told = str(error).lower()
-        if not isinstance(error, OSError) and "write" not in told and "no space" not in told:
+        signs = ("write", "no space", "inline_container")
+        if not isinstance(error, OSError) and not any(s in str(error).lower() for s in signs):
             raise
         free = shutil.disk_usage(folder).free if folder.exists() else 0
         shutil.rmtree(unfinished, ignore_errors=True)
