@@ -24,6 +24,7 @@ from ..errors import CheckpointError
 from ..training import saving
 from ..training.sampling import Order, remember
 from .checkpoint import NON_LORA_FILE, PROJECTOR_FILE, load_projector, read_tensors
+from .reporting import RunReport
 
 _ORDER_FILE = "sample_order_{}.pth"
 
@@ -38,6 +39,7 @@ class ResumableTrainer(LLaVATrainer):
         if "processing_class" in inspect.signature(transformers.Trainer.__init__).parameters:
             kwargs["processing_class"] = kwargs.pop("tokenizer", None)  # its newer name
         super().__init__(*args, **kwargs)
+        self._report = RunReport(self)
 
     def create_optimizer(self) -> Any:
         """LLaVA's groups of parameters without the empty ones.
@@ -69,7 +71,18 @@ class ResumableTrainer(LLaVATrainer):
                 Path(resume_from_checkpoint) / _ORDER_FILE.format(self.args.process_index)
             )
         self._check_disk(folder)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with self._report.watching():
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """One micro-batch."""
+        self._report.begin()
+        return super().training_step(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log with the figures of :class:`~llava_vlora.integration.reporting.RunReport` beside the loss."""
+        more = self._report.figures() if "loss" in logs else {}
+        super().log({**logs, **more}, *args, **kwargs)
 
     def _newest(self, folder: Path) -> Path:
         """The newest checkpoint that is whole on every machine; older ones are used if it is not."""
