@@ -19,6 +19,12 @@ from collections.abc import Iterable
 class VLoRAError(Exception):
     """Base of all errors raised on purpose by this package."""
 
+    def for_terminal(self) -> str:
+        """Its name and message, without the traceback that a DataLoader worker puts before the message."""
+        name = type(self).__name__
+        message = str(self).rpartition(f"{type(self).__module__}.{name}: ")[2].strip()
+        return f"{name}: {message}"
+
 
 class ConfigError(VLoRAError, ValueError):
     """A setting is unknown, missing or contradicts another one."""

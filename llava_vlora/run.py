@@ -29,10 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _run(arguments.module, rest, arguments.seed)
     except VLoRAError as error:
-        # What a DataLoader worker raises arrives with the worker's traceback before the message.
-        name = type(error).__name__
-        message = str(error).rpartition(f"{type(error).__module__}.{name}: ")[2].strip()
-        print(f"{name}: {message}", file=sys.stderr)
+        print(error.for_terminal(), file=sys.stderr)
         return 2
     return 0
 

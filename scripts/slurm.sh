@@ -14,7 +14,8 @@ recipe=scripts/${1:?name a recipe, such as finetune.sh}
 shift
 [[ -f $recipe ]] || { echo "slurm: there is no $recipe" >&2; exit 2; }
 
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MASTER_ADDR=${hosts%%$'\n'*}    # not `| head`, which may end scontrol with an error before it has written all
 # Jobs that share a machine must not share the port.
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) NODES=$SLURM_NNODES LAUNCHER=torchrun
 export GPUS=${GPUS:-${SLURM_GPUS_ON_NODE:?ask for GPUs with --gpus-per-node}}
