@@ -78,6 +78,8 @@ def run_python(
 ) -> Finished:
     """Run the interpreter and wait for it; ``more`` are environment variables."""
     command = [str(python), "-W", "ignore", *map(str, arguments)]
+    # What DeepSpeed compiles belongs to one stack; in one folder for both it would be compiled anew each time.
+    more.setdefault("TORCH_EXTENSIONS_DIR", str(Path(python).parents[1] / "torch_extensions"))
     done = subprocess.run(
         command,
         input=stdin,

@@ -28,6 +28,7 @@ class RunReport:
         self._trainer = trainer
         self._since: tuple[float, int] | None = None
         self._warned = False
+        self._projector_rate: float | None = None
         generator = getattr(trainer.model.get_model(), "mm_projector", None)
         self.health: GeneratorHealth | None = None
         if isinstance(generator, PerceptualWeightsGenerator):
@@ -44,6 +45,9 @@ class RunReport:
         trainer = self._trainer
         if self._since is None:
             self._since = (time.perf_counter(), trainer.state.global_step)
+        if trainer.args.mm_projector_lr is not None:
+            # LLaVA's groups: those of the projector stand last.
+            self._projector_rate = float(trainer.lr_scheduler.get_last_lr()[-1])
         if self.health is not None:
             every = max(1, int(trainer.state.logging_steps or 1))
             self.health.reading = (trainer.state.global_step + 1) % every == 0
@@ -84,10 +88,8 @@ class RunReport:
         return {"samples_per_second": steps * batch / (now - start)}
 
     def _learning_rates(self) -> dict[str, float]:
-        if self._trainer.args.mm_projector_lr is None or self._trainer.lr_scheduler is None:
-            return {}
-        # LLaVA's groups: those of the projector stand last.
-        return {"learning_rate/mm_projector": float(self._trainer.lr_scheduler.get_last_lr()[-1])}
+        rate = self._projector_rate
+        return {} if rate is None else {"learning_rate/mm_projector": rate}
 
 
 def _memory() -> dict[str, float]:
