@@ -16,6 +16,7 @@ from ..config import DERIVED_KEYS, VLoRAConfig, check_derived
 from ..errors import CheckpointError, ConfigError, UnsupportedDecoderError, listing
 from .checkpoint import is_vlora, load_projector, read_json, read_tensors
 from .data_errors import name_data_errors
+from .features import check_features_flag, patch_features
 from .meta_model import VLoRAMetaModel
 from .modeling import LlavaVLoRALlamaForCausalLM, LlavaVLoRAMistralForCausalLM
 from .zero import join_process_group, let_deepspeed_choose_the_device, unify_dtype
@@ -77,10 +78,15 @@ class VLoRAArguments:
             "which CPUs emulate slowly (use float32 there)."
         },
     )
+    vlora_features: Optional[str] = field(
+        default=None,
+        metadata={"help": "Folder of `llava-vlora features`, used instead of images."},
+    )
 
     def given(self) -> dict[str, Any]:
         """The VLoRA flags that were given, by name."""
-        names = [f.name for f in fields(VLoRAArguments) if f.name != "mm_vision_dtype"]
+        others = ("mm_vision_dtype", "vlora_features")
+        names = [f.name for f in fields(VLoRAArguments) if f.name not in others]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
@@ -109,10 +115,12 @@ def patch_training(train: ModuleType) -> None:
     name_data_errors(train)
     let_deepspeed_choose_the_device(train)
     _patch_vision_dtype()
+    patch_features(train)
 
 
 def _check_arguments(arguments: Any) -> None:
     given = arguments.given()
+    check_features_flag(arguments)
     if arguments.mm_vision_dtype not in (None, *_VISION_DTYPES):
         raise ConfigError(
             f"--mm_vision_dtype {arguments.mm_vision_dtype!r} is unknown; valid: {listing(_VISION_DTYPES)}."
