@@ -659,7 +659,7 @@ def runs(
                 "save_steps": 4,
                 # Adam divides by the root of tiny second moments, which would magnify rounding.
                 "optim": "sgd",
-                "learning_rate": 2e-2,
+                "learning_rate": 5e-3,
             }
             if name == "lora":
                 more |= {"lora_enable": True, "lora_r": 4}

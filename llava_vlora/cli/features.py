@@ -187,14 +187,12 @@ def _extract(
     writer: FeatureWriter,
     console: Console,
 ) -> dict[str, str]:
-    import torch
-
     from ..demo.process import progress_bar
     from ..integration.extraction import Options, extract
 
     workers = min(args.workers, -(-len(todo) // args.batch_size)) if len(todo) > _FEW else 0
     options = Options(args.image_folder, _device(args.device), args.batch_size, workers)
-    with progress_bar(console) as progress, torch.inference_mode():
+    with progress_bar(console) as progress:
         progress.disable = not console.is_terminal
         task = progress.add_task("images", total=len(todo))
 
@@ -240,7 +238,8 @@ def _report(
 
 
 def _verify(args: argparse.Namespace, names: Sequence[str], console: Console) -> int:
-    from ..data.features import latest, read_index, verify
+    from ..data.feature_index import latest, read_index
+    from ..data.features import verify
     from ..demo.process import progress_bar
 
     index = read_index(args.out)

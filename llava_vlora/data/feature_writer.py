@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FeaturesError
-from .features import (
+from .feature_index import (
     DTYPES,
     INDEX,
     JOURNAL,
@@ -67,6 +67,7 @@ class FeatureWriter:
         self._buffer = self._empty()
         self._images: list[Stored] = []
         self._thread = ThreadPoolExecutor(1)
+        self._hashers = ThreadPoolExecutor(4)
         self._pending: Future[None] | None = None
         self._begun = False
 
@@ -100,6 +101,7 @@ class FeatureWriter:
     def close(self) -> None:
         """Wait for the shard that is being written; rows after it are lost."""
         self._thread.shutdown()
+        self._hashers.shutdown()
 
     # --- what the folder has -------------------------------------------------------------------------
 
@@ -169,7 +171,7 @@ class FeatureWriter:
 
         if not self._begun:
             self._begin()
-        images = [im._replace(digest=row_digest(row)) for im, row in zip(images, rows, strict=True)]
+        digests = self._hashers.map(row_digest, rows)  # while the file is written
         taken = {shard.file for shard in self.shards}
         names = (f"features-{number:05d}.safetensors" for number in itertools.count(1))
         path = self.folder / next(name for name in names if name not in taken)
@@ -179,6 +181,7 @@ class FeatureWriter:
             # Newer releases of safetensors keep the file to its owner, whatever the umask says.
             part.chmod((self.folder / JOURNAL).stat().st_mode)
             _sync(part)
+            images = [i._replace(digest=d) for i, d in zip(images, digests, strict=True)]
             shard = Shard(path.name, part.stat().st_size, file_digest(part), images)
             part.replace(path)
             _sync(self.folder)

@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers.utils.hub import cached_file
 
+from ..data.feature_index import DTYPES, Recipe, Stored, bytes_digest
 from ..data.feature_writer import FeatureWriter
-from ..data.features import DTYPES, Recipe, Stored, bytes_digest
 from ..data.pool import WorkerError, interrupts_held
 from ..errors import CheckpointError, ConfigError, FeaturesError
 from ..weights import digest, read_tensors
