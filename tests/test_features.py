@@ -255,6 +255,46 @@ def test_first_stage_keeps_no_tower_and_can_still_load_it(
     torch.testing.assert_close(model(prompt(), images=pixels).logits, found, rtol=0, atol=1e-4)
 
 
+def continued(path: Path, tower: Path, features: Path, **config: object) -> Any:
+    """A model that training takes up from a folder, set up for stage 1."""
+    train = trainer()
+    arguments = train.ModelArguments(
+        model_name_or_path=str(path),
+        vision_tower=str(tower),
+        mm_vision_select_layer=-2,
+        mm_projector_type="vlora",
+        tune_mm_mlp_adapter=True,
+        vlora_features=str(features),
+    )
+    model = train.LlavaLlamaForCausalLM.from_pretrained(str(path))
+    model.config.update(config)
+    model.get_model().initialize_vision_modules(arguments)
+    return model.eval()
+
+
+def test_checkpoint_is_trained_on_without_its_tower(
+    make: Make, data: Path, llm_dir: Path, tower_dir: Path, tmp_path: Path
+) -> None:
+    assert make() == 0
+    before = make_vlora(llm_dir, tower_dir)
+    before.generation_config.pad_token_id = 0
+    before.save_pretrained(tmp_path / "model")
+    model = continued(tmp_path / "model", tower_dir, data / "features")
+    assert not list(model.get_vision_tower().parameters())
+    stored = Features(data / "features").read("wide.png")[None, None]
+    with torch.no_grad():
+        expected, found = (m(prompt(), images=stored).logits for m in (before, model))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_tower_that_was_trained_is_refused(
+    make: Make, data: Path, llm_dir: Path, tower_dir: Path
+) -> None:
+    assert make() == 0
+    with pytest.raises(FeaturesError, match="unfreeze_mm_vision_tower"):
+        continued(llm_dir, tower_dir, data / "features", unfreeze_mm_vision_tower=True)
+
+
 # --- whole after any interruption ------------------------------------------------------------------
 
 
