@@ -719,7 +719,9 @@ def test_training_is_the_same(stage: str, runs: tuple[Path, Mapping[str, Finishe
     losses = {k: results[f"{k}-{stage}"].losses() for k in ("pixels", "float32", "float16")}
     assert len(losses["pixels"]) == 4
     assert losses["float32"] == pytest.approx(losses["pixels"], abs=1.1e-4)  # four decimals
-    assert losses["float16"] == pytest.approx(losses["pixels"], abs=5e-3)
+    assert losses["float16"][0] == pytest.approx(losses["pixels"][0], abs=2e-3)
+    # Random models are steep: a step magnifies what rounding does to the gradient.
+    assert losses["float16"] == pytest.approx(losses["pixels"], abs=0.1)
     assert "the vision tower does not run" in results[f"float32-{stage}"].errors
     trained = [tensors(root / f"{kind}-{stage}") for kind in ("pixels", "float32")]
     assert trained[0].keys() == trained[1].keys()
