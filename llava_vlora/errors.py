@@ -8,7 +8,8 @@ VLoRAError
 ├── ImageError               an image or image tensor cannot be used
 ├── PromptError              a prompt and its images do not go together
 ├── CheckpointError          a checkpoint folder lacks a file or holds the wrong one
-└── DataError                a data file is not in LLaVA's format
+├── DataError                a data file is not in LLaVA's format
+└── FeaturesError            stored vision features are missing, damaged or of another run's making
 """
 
 from __future__ import annotations
@@ -56,6 +57,10 @@ class CheckpointError(VLoRAError, OSError):
 
 class DataError(VLoRAError, ValueError):
     """A data file is not in the format that LLaVA reads."""
+
+
+class FeaturesError(VLoRAError, ValueError):
+    """Stored vision features are missing, damaged, or made in another way than the run needs."""
 
 
 def listing(names: Iterable[object]) -> str:

@@ -188,10 +188,9 @@ def make_vlora(llm: Path, tower: Path, **settings: object) -> Any:
     arguments = train.ModelArguments(
         model_name_or_path=str(llm),
         vision_tower=str(tower),
-        mm_vision_select_layer=-2,
         mm_projector_type="vlora",
         mm_use_im_patch_token=False,
-        **{**VLORA_FLAGS, **settings},
+        **{"mm_vision_select_layer": -2, **VLORA_FLAGS, **settings},
     )
     model = train.LlavaLlamaForCausalLM.from_pretrained(str(llm))
     model.get_model().initialize_vision_modules(arguments)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, VLoRAError, listing
 
-_WEIGHT_FILES = (
+#: Where weights are, first found first taken.
+WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
@@ -86,7 +87,7 @@ def inspect_checkpoint(path: str | Path) -> Checkpoint:
             f"There is no checkpoint folder {folder}; give the folder that training wrote."
         )
     has = {
-        name for name in (*_WEIGHT_FILES, PROJECTOR_FILE, ADAPTER_FILE) if (folder / name).is_file()
+        name for name in (*WEIGHT_FILES, PROJECTOR_FILE, ADAPTER_FILE) if (folder / name).is_file()
     }
     if not (folder / "config.json").is_file():
         hint = ""
@@ -98,12 +99,12 @@ def inspect_checkpoint(path: str | Path) -> Checkpoint:
     config = read_json(folder / "config.json")
     if ADAPTER_FILE in has:
         return Checkpoint(folder, "lora", config)
-    if has & set(_WEIGHT_FILES):
+    if has & set(WEIGHT_FILES):
         return Checkpoint(folder, "full", config)
     if PROJECTOR_FILE in has:
         return Checkpoint(folder, "projector", config)
     raise CheckpointError(
-        f"{folder} has a config.json but no weights; expected one of {listing((*_WEIGHT_FILES, PROJECTOR_FILE))} "
+        f"{folder} has a config.json but no weights; expected one of {listing((*WEIGHT_FILES, PROJECTOR_FILE))} "
         f"or {ADAPTER_FILE!r}."
     )
 
@@ -240,7 +241,7 @@ def _named_errors(path: str | Path) -> Iterator[None]:
     except VLoRAError:
         raise
     except (OSError, SafetensorError) as error:
-        files = [name for name in _WEIGHT_FILES if (Path(path) / name).is_file()]
+        files = [name for name in WEIGHT_FILES if (Path(path) / name).is_file()]
         raise CheckpointError(
             f"{path} cannot be loaded; {listing(files) or 'its weights'} may be truncated: {error}"
         ) from error

@@ -23,7 +23,7 @@ def name_data_errors(train: ModuleType) -> None:
     """Make the data set of ``llava.train.train`` say what is wrong with its files; valid data is read as before."""
     dataset = train.LazySupervisedDataset
     dataset.__init__ = _checked(dataset.__init__, train)
-    dataset.__getitem__ = _named(dataset.__getitem__)
+    dataset.__getitem__ = named(dataset.__getitem__)
 
 
 def _checked(stock: Callable[..., None], train: ModuleType) -> Callable[..., None]:
@@ -44,7 +44,9 @@ def _checked(stock: Callable[..., None], train: ModuleType) -> Callable[..., Non
     return __init__
 
 
-def _named(stock: Callable[..., Any]) -> Callable[..., Any]:
+def named(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """A data set's ``__getitem__`` whose errors name the record and the file."""
+
     @functools.wraps(stock)
     def __getitem__(self: Any, i: int) -> Any:
         try:
@@ -53,13 +55,13 @@ def _named(stock: Callable[..., Any]) -> Callable[..., Any]:
             record = self.list_data_dict[i]
             image = os.path.join(self.data_args.image_folder, record["image"])
             raise ImageError(
-                f"The image {image} of {_place(record, i, self.llava_vlora_source)} cannot be read: {error}. "
+                f"The image {image} of {place(record, i, self.llava_vlora_source)} cannot be read: {error}. "
                 "Restore the file, remove the record, or correct --image_folder."
             ) from error
         except (AssertionError, KeyError, IndexError) as error:
-            place = _place(self.list_data_dict[i], i, self.llava_vlora_source)
+            where = place(self.list_data_dict[i], i, self.llava_vlora_source)
             raise DataError(
-                f"LLaVA cannot make a conversation of {place} ({type(error).__name__} {error}): turns alternate "
+                f"LLaVA cannot make a conversation of {where} ({type(error).__name__} {error}): turns alternate "
                 "between human and gpt; for --version plain there is one of each, the first with <image>."
             ) from error
 
@@ -89,7 +91,7 @@ def _check_tokens(dataset: Any, train: ModuleType, path: str) -> None:
         first, why = next(iter(empty.items()))
         raise DataError(
             f"Of {len(chosen)} sampled records of {path}, {len(empty)} ({len(empty) / len(chosen):.1%}) would teach "
-            f"nothing, the first is {_place(records[first], first, path)}: {why.strip()}. Usually --version or "
+            f"nothing, the first is {place(records[first], first, path)}: {why.strip()}. Usually --version or "
             "--model_max_length does not fit the model: llava-vlora check-data lists the records. "
             f"--max_mismatch {limit:g} is the share that is let through."
         )
@@ -106,7 +108,7 @@ def check_records(records: object, path: str) -> None:
     for i, record in enumerate(records):
         problem = _problem(record)
         if problem:
-            raise DataError(f"{_place(record, i, path)} {problem}; LLaVA reads {_FORMAT}.")
+            raise DataError(f"{place(record, i, path)} {problem}; LLaVA reads {_FORMAT}.")
 
 
 def _problem(record: object) -> str | None:
@@ -125,6 +127,7 @@ def _problem(record: object) -> str | None:
     return None
 
 
-def _place(record: object, i: int, path: str) -> str:
+def place(record: object, i: int, path: str) -> str:
+    """Where a record is, for a message."""
     name = f" (id {record['id']!r})" if isinstance(record, dict) and "id" in record else ""
     return f"record {i}{name} of {path}"

@@ -75,9 +75,15 @@ class VLoRAArguments:
         },
     )
 
+    vlora_features: Optional[str] = field(
+        default=None,
+        metadata={"help": "Folder of `llava-vlora features`, used instead of images."},
+    )
+
     def given(self) -> dict[str, Any]:
         """The VLoRA flags that were given, by name."""
-        names = [f.name for f in fields(VLoRAArguments) if f.name != "mm_vision_dtype"]
+        others = ("mm_vision_dtype", "vlora_features")
+        names = [f.name for f in fields(VLoRAArguments) if f.name not in others]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 

@@ -43,3 +43,8 @@ def image_batch(images: Images, size: int) -> Tensor:
             )
         flat.append(image)
     return torch.stack(flat)
+
+
+def are_features(images: object) -> bool:
+    """Whether images are stored features ``[B, 1, V, C]`` (V patches of width C), told by the single channel."""
+    return isinstance(images, Tensor) and images.ndim == 4 and images.shape[1] == 1

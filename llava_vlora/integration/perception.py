@@ -14,7 +14,7 @@ from ..config import VLoRAConfig
 from ..errors import ConfigError, PromptError
 from ..generator import PerceptualWeightsGenerator
 from ..weights import PerceptualWeights
-from .images import Images, image_batch
+from .images import Images, are_features, image_batch
 
 
 class VLoRAPerception:
@@ -49,11 +49,15 @@ class VLoRAPerception:
     def image_features(self, images: Images) -> Tensor:
         """Patch features ``[B, V, visual_dim]`` of images ``[B, 3, H, W]``.
 
+        Stored features ``[B, 1, V, visual_dim]`` are passed on, whatever the model is called with images for.
+
         Raises:
             ImageError: The images are not all of the vision tower's size.
         """
-        tower = self._tower()
         weight = self.generator.visual_proj.weight
+        if are_features(images):
+            return cast(Tensor, images)[:, 0].to(weight.device, weight.dtype)
+        tower = self._tower()
         # The tower returns the dtype of the images, which LLaVA's evaluators halve whatever the model is in.
         batch = image_batch(images, tower.config.image_size).to(weight.dtype)
         return cast(Tensor, tower(batch)).to(weight.device)
@@ -64,10 +68,11 @@ class VLoRAPerception:
         With a :class:`~llava_vlora.cache.PerceptionCache` in ``perception_cache``, an image that was seen before
         does not run the vision tower again; training and calls that need gradients never use it.
         """
-        if self.perception_cache is not None and not torch.is_grad_enabled():
+        cache = None if are_features(images) else self.perception_cache
+        if cache is not None and not torch.is_grad_enabled():
             tower = self._tower()
             batch = image_batch(images, tower.config.image_size)
-            return self.perception_cache.perceive(batch, self.generator, tower, self.image_features)
+            return cache.perceive(batch, self.generator, tower, self.image_features)
         return self.generator(self.image_features(images))
 
     def encode_images(self, images: Images) -> PerceptualWeights:

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from ..errors import CheckpointError, ConfigError, UnsupportedDecoderError
 from .checkpoint import is_vlora
 from .data_errors import name_data_errors
+from .features import check_features_flag, patch_features
 from .flags import (
     VISION_DTYPES,
     Request,
@@ -42,6 +43,7 @@ def patch_training(train: ModuleType) -> None:
 
         def __post_init__(self) -> None:
             check_model_arguments(self)
+            check_features_flag(self)
             Request.model = self
 
     @dataclass
@@ -56,6 +58,7 @@ def patch_training(train: ModuleType) -> None:
     _check_training_arguments(train)
     patch_trainer(train)
     _patch_vision_dtype()
+    patch_features(train)
 
 
 def _check_training_arguments(train: ModuleType) -> None:
