@@ -17,11 +17,17 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from .. import provenance
 from ..errors import ConfigError, listing
+from ..estimate.parameters import (
+    KINDS,
+    connector_parameters,
+    language_parameters,
+    vision_parameters,
+)
 from ..integration.fresh import random_models
 from .measure import device_facts
 from .shapes import Shape
 from .steps import OPTIMIZERS, STAGES, SYSTEMS, Stage, prepare, quiet_checkpoints
-from .timing import Prepared, in_turns, peak_bytes
+from .timing import Prepared, free_bytes, in_turns, peak_bytes
 
 #: dtype -> of the language model and the vision tower, of projector and generator, and whether autocast computes.
 DTYPES = {
@@ -29,6 +35,7 @@ DTYPES = {
     "bfloat16": (torch.bfloat16, torch.bfloat16, False),
     "autocast": (torch.bfloat16, torch.float32, True),
 }
+_SMALLER = "--stages pretrain, --dtype bfloat16, --optimizer sgd or none, or a smaller --shape"
 #: Captions are short, conversations are not.
 TEXT_TOKENS: Mapping[str, int] = {"pretrain": 32, "finetune": 256}
 
@@ -103,8 +110,13 @@ class TrainBench:
     """The models of one shape and the measurements of their training."""
 
     def __init__(self, options: TrainOptions) -> None:
-        """Build the models."""
+        """Build the models.
+
+        Raises:
+            ConfigError: Weights, gradients and optimizer alone are more than the memory that is free.
+        """
         self.options = options
+        _check_memory(options)
         weights, connectors, self._autocast = DTYPES[options.dtype]
         with _memory_named(options), torch.no_grad():
             self.models = random_models(
@@ -207,6 +219,27 @@ def _prepared(call: Callable[[], object]) -> Prepared:
     return prepared
 
 
+def needed_bytes(options: TrainOptions) -> int:
+    """Bytes of all systems' weights and optimizer states and one system's gradients, in the stage that needs most."""
+    dtype, connector_dtype, _ = DTYPES[options.dtype]
+    shape, e, own = options.shape, dtype.itemsize, connector_dtype.itemsize
+    language = e * sum(language_parameters(shape.language).values())
+    tower = e * sum(vision_parameters(shape.vision).values())
+    connectors = [own * sum(connector_parameters(shape, kind).values()) for kind in KINDS]
+    trained = language if "finetune" in options.stages else 0
+    moments = 2 * (trained + sum(connectors)) if options.optimizer == "adamw" else 0
+    return language + tower + sum(connectors) + trained + max(connectors) + moments
+
+
+def _check_memory(options: TrainOptions) -> None:
+    free, needed = free_bytes(options.device), needed_bytes(options)
+    if free is not None and needed > free:
+        raise ConfigError(
+            f"{options.shape.name} needs {needed / 2**30:.1f} GiB for weights, gradients and optimizer alone, and "
+            f"{free / 2**30:.1f} GiB are free; take {_SMALLER}."
+        )
+
+
 @contextmanager
 def _memory_named(options: TrainOptions) -> Iterator[None]:
     """Say what to do where a GPU's memory does not suffice."""
@@ -215,6 +248,5 @@ def _memory_named(options: TrainOptions) -> Iterator[None]:
     except torch.cuda.OutOfMemoryError as error:
         raise ConfigError(
             f"{options.shape.name} with --batch {options.batch}, --dtype {options.dtype} and --optimizer "
-            f"{options.optimizer} does not fit on this GPU; take a smaller batch, --optimizer none or "
-            f"--stages pretrain ({error})."
+            f"{options.optimizer} does not fit on this GPU; take a smaller --batch, {_SMALLER} ({error})."
         ) from error

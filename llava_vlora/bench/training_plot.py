@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ..report.plots import COLORS, GRID, new_figure
 from .steps import STAGES, SYSTEMS
@@ -56,6 +57,7 @@ def _bars(
     axes.bar_label(bars, labels, fontsize=8, padding=2)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.6 * max(values))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.grid(axis="x", color=GRID)
     axes.grid(axis="y", visible=False)
     axes.set_title(title, loc="left", fontsize=9.5)
