@@ -402,7 +402,7 @@ def test_hours_follow_from_measured_speed(measured: Path) -> None:
     speed = read_speed(measured, TINY, Plan("finetune", 2, gpus=4, batch=8))
     assert speed.hours("mlp2x_gelu", 36_000, 1) == pytest.approx(1.0)
     assert speed.hours("vlora", 36_000, 4) == pytest.approx(1 / 16)
-    assert "an abacus with 1 threads, tiny, commit 0123456" in speed.measured_on
+    assert "an abacus, threads: 1, tiny, commit 0123456" in speed.measured_on
     assert speed.differences == ("batch 16 (here 8)",)
 
 

@@ -69,7 +69,7 @@ def _speed(result: Mapping[str, Any], path: Path, shape: Shape, plan: Plan) -> S
         stages = listing(dict.fromkeys(c["stage"] for c in result["cells"]))
         raise ConfigError(f"{path} has no measurement of stage {plan.stage!r}, only of {stages}.")
     options, device = result["options"], result["device"]
-    threads = f" with {device['threads']} threads" if "threads" in device else ""
+    threads = f", threads: {device['threads']}" if "threads" in device else ""
     compared = {
         "batch": (options["batch"], plan.batch),
         "text tokens": (options["text_tokens"][plan.stage], plan.text_tokens),
