@@ -150,7 +150,7 @@ class Bench:
                 "bits": self.options.bits,
                 "dtype": str(self.options.dtype).removeprefix("torch."),
             },
-            "device": _device(self.options.device),
+            "device": device_facts(self.options.device),
             "versions": provenance.versions(),
             "commit": provenance.commit(),
             "machine": provenance.machine(),
@@ -231,7 +231,8 @@ def _scales(parameter: torch.Tensor) -> int:
     return found
 
 
-def _device(device: torch.device) -> dict[str, Any]:
+def device_facts(device: torch.device) -> dict[str, Any]:
+    """What a result says of the device."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return {"type": "cuda", "name": name, "cuda": torch.version.cuda}

@@ -15,6 +15,7 @@ import torch
 Prepared = Callable[[], AbstractContextManager[Callable[[], object]]]
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_MEMORY = Path("/proc/meminfo")
 _RESET_PEAK = "5"
 
 
@@ -73,6 +74,16 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
     before = _resident("VmRSS")
     call()
     return max(0, _resident("VmHWM") - before)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that a device still has for tensors, or None where nobody says (CPUs outside Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if not _MEMORY.exists():
+        return None
+    line = next(row for row in _MEMORY.read_text().splitlines() if row.startswith("MemAvailable"))
+    return int(line.split()[1]) * 1024
 
 
 def _resident(name: str) -> int:

@@ -16,6 +16,7 @@ _VERBS = {
     "demo": "llava_vlora.cli.demo",
     "export": "llava_vlora.cli.export",
     "bench": "llava_vlora.cli.bench",
+    "estimate": "llava_vlora.cli.estimate",
     "chat": "llava_vlora.cli.chat",
     "check-data": "llava_vlora.cli.check_data",
     "features": "llava_vlora.cli.features",

@@ -6,7 +6,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import bench_train
+
 if TYPE_CHECKING:
+    import torch
+
     from ..bench.measure import Options
 
 _EPILOG = """\
@@ -14,6 +18,20 @@ All models of a run share one language model and one vision tower with random we
 Every call takes part in every round, and ratios are taken round by round: "0.98 (0.97-0.99)" is the median
 and the spread over the rounds. Times depend on the machine; the ratios are what to quote.
 """
+
+
+class _Instead(argparse._SubParsersAction):  # type: ignore[type-arg]
+    """Another benchmark with flags of its own, which stand behind its name."""
+
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
+        for action in parser._actions:
+            if getattr(namespace, action.dest, action.default) != action.default:
+                parser.error(
+                    f"{action.option_strings[0]} stands before {values[0]!r}; put it behind"
+                )
+        super().__call__(parser, namespace, values, option_string)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -55,10 +73,16 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/bench"), help="folder of the JSON and the plot"
     )
+    others = parser.add_subparsers(
+        dest="what", title="another benchmark", metavar="train", action=_Instead
+    )
+    bench_train.add_arguments(others)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print, and write the result; returns the exit code."""
+    if args.what == "train":
+        return bench_train.run(args)
     from rich.console import Console
 
     from ..bench.measure import Bench
@@ -90,12 +114,8 @@ def _options(args: argparse.Namespace) -> Options:
 
     from ..bench.measure import PARTS, Options
     from ..bench.shapes import shape
-    from ..errors import ConfigError
 
-    available = torch.cuda.is_available()
-    if args.device == "cuda" and not available:
-        raise ConfigError("--device cuda: PyTorch finds no GPU here; use --device cpu.")
-    kind = "cuda" if available and args.device != "cpu" else "cpu"
+    device = chosen_device(args.device)
     chosen = shape(args.shape)
     settings = chosen.settings
     if args.types:
@@ -104,8 +124,8 @@ def _options(args: argparse.Namespace) -> Options:
         settings = replace(settings, layer_list=args.layers)
     return Options(
         shape=replace(chosen, settings=settings),
-        device=torch.device(kind),
-        dtype=getattr(torch, args.dtype or ("float16" if kind == "cuda" else "float32")),
+        device=device,
+        dtype=getattr(torch, args.dtype or ("float16" if device.type == "cuda" else "float32")),
         rounds=args.rounds,
         batches=args.batch,
         text_tokens=args.text_tokens,
@@ -113,6 +133,22 @@ def _options(args: argparse.Namespace) -> Options:
         parts=args.parts or tuple(PARTS),
         bits=args.bits,
     )
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device of ``--device``: the GPU, if there is one, for ``auto``.
+
+    Raises:
+        ConfigError: There is no GPU.
+    """
+    import torch
+
+    from ..errors import ConfigError
+
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ConfigError("--device cuda: PyTorch finds no GPU here; use --device cpu.")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
 def _numbers(text: str) -> tuple[int, ...]:

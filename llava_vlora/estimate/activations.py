@@ -1,0 +1,161 @@
+"""What a training step keeps and needs beside weights, gradients and optimizer, in bytes, from the models' sizes.
+
+Counted are the tensors that autograd keeps for the backward pass of transformers' Llama, CLIP's forward pass, the
+loss, and this package's generator and low-rank paths. Fused attention (sdpa or flash attention) is assumed: it keeps
+no scores; transformers before 4.48 also repeats grouped keys and values for all heads. With n = batch x tokens, h, m,
+H d, G d the widths of hidden state, MLP, queries, keys, and e bytes a number:
+
+- a decoder layer: ``n (8 h + e (2 H d + 2 G d + 3 m)) + 4 batch tokens H``, and ``e n (4 h + m)`` where its weights
+  train; with LoRA of rank r, ``n (in (e + 1) + r e)`` for each linear layer;
+- with gradient checkpointing ``e n h`` for each layer, and one layer at a time;
+- logits: ``12 n vocab``: log-probabilities and two gradients in float32;
+- an injected layer: ``e n (r + in)`` for each weight type, ``in`` once for types that read the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..bench.shapes import Shape
+from ..config import VLoRAConfig
+from ..evaluation.cost import (
+    LanguageShape,
+    VisionShape,
+    language_shape,
+    vision_shape,
+    weight_values,
+)
+from .parameters import connector_parameters
+from .plan import Plan
+
+#: Tensors of ``[batch, queries, dim]`` that a block of the generator keeps: norms, projections and the MLP.
+_BLOCK_TENSORS = 21
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of one step on one GPU."""
+
+    tokens: int
+    """Of a sample, as the language model reads it."""
+    decoder: int
+    """Kept by the decoder layers."""
+    connector: int
+    """Kept by projector or generator."""
+    factors: int
+    """Generated factors, image by image; 0 for LLaVA."""
+    factor_gradients: int
+    logits: int
+    """While the loss is computed and at the start of the backward pass."""
+    layer: int
+    """One decoder layer in the backward pass: what is computed again, and its gradients."""
+    tower: int
+    """The vision tower, before anything else is there."""
+
+    @property
+    def peak(self) -> int:
+        """The most that is needed at once."""
+        kept = self.decoder + self.connector + self.factors + self.factor_gradients
+        return max(kept + max(self.logits, self.layer), self.tower)
+
+
+def activations(shape: Shape, kind: str, plan: Plan) -> Activations:
+    """Bytes of a step.
+
+    Args:
+        shape: The models.
+        kind: ``mlp2x_gelu`` or ``vlora``.
+        plan: How they are trained.
+    """
+    language, vision = language_shape(shape.language), vision_shape(shape.vision)
+    settings = shape.settings if kind == "vlora" else None
+    tokens = plan.text_tokens + (0 if settings else vision.patches)
+    n, e = plan.batch * tokens, plan.width
+    layer = _layer(plan, language, n)
+    # Casts of the connector's float32 weights, which autocast keeps for the backward pass.
+    casts = 0
+    if plan.autocast:
+        casts = e * sum(connector_parameters(shape, kind).values())
+    if settings is None:
+        connector = e * plan.batch * vision.patches * (vision.width + 2 * language.width)
+        factors = 0
+    else:
+        connector = _generator(settings, plan, vision, language)
+        factors = e * plan.batch * weight_values(settings, language)
+    widest = 2 * language.width + 2 * language.mlp
+    extra = _low_rank(settings, plan, language, n) if settings else 0
+    return Activations(
+        tokens=tokens,
+        decoder=_decoder(settings, plan, language, n),
+        connector=connector + casts,
+        factors=factors,
+        factor_gradients=factors,
+        logits=12 * n * language.vocab,
+        layer=(layer + extra if plan.checkpointing else 0) + e * n * widest,
+        tower=_tower(plan, vision),
+    )
+
+
+def _decoder(settings: VLoRAConfig | None, plan: Plan, language: LanguageShape, n: int) -> int:
+    """What the decoder layers and the norm behind them keep."""
+    e, width = plan.width, language.width
+    last = n * width * (4 + (2 * e if plan.trains_language_model else 0))
+    rotary = 2 * e * n * language.head_dim
+    if plan.checkpointing:
+        return language.layers * e * n * width + last + rotary
+    injected = settings.layers(language.layers) if settings else ()
+    # Without anything that trains before it, the graph begins at the first injected layer.
+    start = injected[0] if settings and plan.stage == "pretrain" else 0
+    total = (language.layers - start) * _layer(plan, language, n)
+    if start:
+        total -= 4 * n * width  # its first norm has no gradient
+    low = _low_rank(settings, plan, language, n) if settings else 0
+    return total + len(injected) * low + last + rotary
+
+
+def _layer(plan: Plan, language: LanguageShape, n: int) -> int:
+    """What one decoder layer keeps that is not checkpointed."""
+    e, width, mlp = plan.width, language.width, language.mlp
+    queries, keys = language.heads * language.head_dim, language.kv_heads * language.head_dim
+    total = 2 * 4 * n * width + 2 * 4 * n  # norms compute in float32
+    total += e * n * (2 * queries + 2 * keys) + 4 * n * language.heads
+    total += 3 * e * n * mlp
+    if plan.trains_language_model:
+        total += e * n * (4 * width + mlp)
+    if plan.adapts:
+        read = 5 * width + queries + mlp  # of q, k, v, gate and up; of o; of down
+        total += n * (read * (e + 1) + 7 * plan.lora_rank * e)
+    return total
+
+
+def _low_rank(settings: VLoRAConfig, plan: Plan, language: LanguageShape, n: int) -> int:
+    """What the low-rank paths of one injected layer keep."""
+    e = plan.width
+    total = e * n * settings.rank * len(settings.types)
+    if not plan.trains_language_model:  # otherwise the linear layers keep their inputs anyway
+        inputs = {"qkv": language.width, "mgu": language.width, "d": language.mlp}
+        total += sum(e * n * size for t, size in inputs.items() if set(t) & set(settings.types))
+    return total
+
+
+def _generator(
+    settings: VLoRAConfig, plan: Plan, vision: VisionShape, language: LanguageShape
+) -> int:
+    """What the generator keeps, without the factors."""
+    batch, e, dim, heads = plan.batch, plan.width, settings.dim, settings.heads
+    types = len(settings.types)
+    groups = types if settings.separate else 1
+    queries = len(settings.layers(language.layers)) * types // groups
+    block = _BLOCK_TENSORS * queries * dim
+    if queries * heads < dim:  # see CrossAttention: patches are not projected
+        block += 2 * heads * queries * dim + 2 * dim**2
+    else:
+        block += 2 * vision.patches * dim
+    patches = vision.patches * (vision.width + dim)
+    return e * batch * (patches + groups * settings.depth * block)
+
+
+def _tower(plan: Plan, vision: VisionShape) -> int:
+    """The vision tower's hidden states, all of which transformers returns, and the widest layer."""
+    n = plan.batch * (vision.patches + 1)
+    return plan.width * n * ((vision.layers + 1) * vision.width + 2 * vision.mlp + 4 * vision.width)

@@ -1,0 +1,144 @@
+"""Parameters of LLaVA and VLoRA by name, counted from the sizes in their configurations.
+
+Names are those of ``named_parameters()`` of the real models, so that each tensor can be compared with its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..bench.shapes import Shape
+from ..config import VLoRAConfig
+from ..decoder import TARGETS
+from ..errors import ConfigError
+from ..evaluation.cost import LanguageShape, language_shape
+
+#: Parameter name -> number of elements.
+Counts = dict[str, int]
+KINDS = ("mlp2x_gelu", "vlora")
+
+
+def language_parameters(config: Mapping[str, Any]) -> Counts:
+    """Parameters of a Llama-like language model from its ``config.json``."""
+    shape = language_shape(config)
+    found = {"model.embed_tokens.weight": shape.vocab * shape.width}
+    for i in range(shape.layers):
+        layer = f"model.layers.{i}"
+        for path, (read, written) in linear_layers(shape).items():
+            found[f"{layer}.{path}.weight"] = read * written
+            biased = "attention_bias" if path.startswith("self_attn") else "mlp_bias"
+            if config.get(biased):
+                found[f"{layer}.{path}.bias"] = written
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            found[f"{layer}.{norm}.weight"] = shape.width
+    found["model.norm.weight"] = shape.width
+    if not config.get("tie_word_embeddings"):
+        found["lm_head.weight"] = shape.vocab * shape.width
+    return found
+
+
+def linear_layers(shape: LanguageShape) -> dict[str, tuple[int, int]]:
+    """Input and output width of the linear layers of a decoder layer, by name."""
+    return {TARGETS[letter].path: shape.widths(letter) for letter in "qkvogud"}
+
+
+def lora_parameters(config: Mapping[str, Any], rank: int) -> Counts:
+    """LoRA weights on all linear layers of the decoder layers, where LLaVA's trainer puts them."""
+    shape = language_shape(config)
+    found = {}
+    for i in range(shape.layers):
+        for path, (read, written) in linear_layers(shape).items():
+            name = f"model.layers.{i}.{path}"
+            found[f"{name}.lora_A.default.weight"] = rank * read
+            found[f"{name}.lora_B.default.weight"] = rank * written
+    return found
+
+
+def vision_parameters(config: Mapping[str, Any]) -> Counts:
+    """Parameters of LLaVA's CLIP vision tower from the tower's ``config.json``."""
+    width, mlp = config["hidden_size"], config["intermediate_size"]
+    patches = (config["image_size"] // config["patch_size"]) ** 2
+    model = "model.vision_tower.vision_tower.vision_model"
+    found = {
+        f"{model}.embeddings.class_embedding": width,
+        f"{model}.embeddings.patch_embedding.weight": 3 * config["patch_size"] ** 2 * width,
+        f"{model}.embeddings.position_embedding.weight": (patches + 1) * width,
+    }
+    found |= _norm(f"{model}.pre_layrnorm", width)
+    for i in range(config["num_hidden_layers"]):
+        layer = f"{model}.encoder.layers.{i}"
+        for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
+            found |= _linear(f"{layer}.self_attn.{name}", width, width)
+        found |= _norm(f"{layer}.layer_norm1", width)
+        found |= _linear(f"{layer}.mlp.fc1", width, mlp) | _linear(f"{layer}.mlp.fc2", mlp, width)
+        found |= _norm(f"{layer}.layer_norm2", width)
+    return found | _norm(f"{model}.post_layernorm", width)
+
+
+def connector_parameters(shape: Shape, kind: str) -> Counts:
+    """Parameters below ``model.mm_projector``.
+
+    Args:
+        shape: The models.
+        kind: ``mlp2x_gelu`` or ``vlora``.
+
+    Raises:
+        ConfigError: The generator's settings do not fit the language model.
+    """
+    language, visual = language_shape(shape.language), shape.vision["hidden_size"]
+    if kind == "vlora":
+        names = _generator(shape.settings, language, visual, shape.patches)
+    else:
+        names = {**_linear("0", visual, language.width), **_linear("2", *[language.width] * 2)}
+    return {f"model.mm_projector.{name}": count for name, count in names.items()}
+
+
+def _generator(settings: VLoRAConfig, shape: LanguageShape, visual: int, patches: int) -> Counts:
+    dim, rank, types = settings.dim, settings.rank, settings.types
+    injected = len(settings.layers(shape.layers))
+    generated = {t: shape.generated_width(t) for t in types}
+    shared = {t: sum(shape.widths(t)) - generated[t] for t in types}
+    found = {"pos_embed": patches * dim}
+    found |= _linear("visual_proj", visual, dim)
+    if settings.separate:
+        for i, width in enumerate(generated.values()):
+            found |= dict(_sub_generator(f"gen.{i}", settings, injected, width))
+    elif len(set(generated.values())) == 1:
+        width = next(iter(generated.values()))
+        found |= dict(_sub_generator("gen", settings, injected * len(types), width))
+    else:
+        raise ConfigError(
+            f"weights_sep False needs one generated width for all weight types, but they are {generated}; "
+            "use weights_sep True."
+        )
+    if len({*generated.values(), *shared.values()}) == 1:
+        return found | {"Bs": sum(shared.values()) * injected * rank}
+    return found | {f"Bs.{t}": injected * width * rank for t, width in shared.items()}
+
+
+def _sub_generator(
+    name: str, settings: VLoRAConfig, queries: int, width: int
+) -> Iterator[tuple[str, int]]:
+    dim = settings.dim
+    yield f"{name}.queries", queries * dim
+    for i in range(settings.depth):
+        block = f"{name}.decoders.{i}"
+        for attention in ("self_attn", "multihead_attn"):
+            yield f"{block}.{attention}.in_proj_weight", 3 * dim**2
+            yield f"{block}.{attention}.in_proj_bias", 3 * dim
+            yield from _linear(f"{block}.{attention}.out_proj", dim, dim).items()
+        yield from _linear(f"{block}.linear1", dim, 4 * dim).items()
+        yield from _linear(f"{block}.linear2", 4 * dim, dim).items()
+        for norm in ("norm1", "norm2", "norm3"):
+            yield from _norm(f"{block}.{norm}", dim).items()
+    yield from _norm(f"{name}.norm", dim).items()
+    yield from _linear(f"{name}.weights_head", dim, width * settings.rank).items()
+
+
+def _linear(name: str, read: int, written: int) -> Counts:
+    return {f"{name}.weight": read * written, f"{name}.bias": written}
+
+
+def _norm(name: str, width: int) -> Counts:
+    return {f"{name}.weight": width, f"{name}.bias": width}
