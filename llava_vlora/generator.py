@@ -42,15 +42,23 @@ class CrossAttention(nn.MultiheadAttention):
             return super().forward(queries, image, image, need_weights=need_weights)
         to_query, to_key, to_value = cast(Tensor, self.in_proj_weight).chunk(3)
         bias, _, value_bias = cast(Tensor, self.in_proj_bias).chunk(3)
-        query = F.linear(queries, to_query, bias).view(batch, count, heads, width).transpose(1, 2)
+        query = F.linear(queries, to_query, bias).view(batch, count, heads, width)
         # The bias of the keys adds the same to all patches, which softmax does not see.
-        back = (query @ to_key.view(heads, width, dim)).flatten(1, 2)
+        back = _by_head(query.permute(2, 0, 1, 3), to_key.view(heads, width, dim))
+        back = back.transpose(0, 1).flatten(1, 2)
         seen = F.scaled_dot_product_attention(
             back[:, None], image[:, None], image[:, None], scale=width**-0.5
         )
-        value = seen.view(batch, heads, count, dim) @ to_value.view(heads, width, dim).mT
-        value = value.transpose(1, 2).reshape(batch, count, dim) + value_bias
+        seen = seen.view(batch, heads, count, dim).transpose(0, 1)
+        value = _by_head(seen, to_value.view(heads, width, dim).mT)
+        value = value.permute(1, 2, 0, 3).reshape(batch, count, dim) + value_bias
         return self.out_proj(value), None
+
+
+def _by_head(x: Tensor, weight: Tensor) -> Tensor:
+    """``x [H, B, Q, I] @ weight [H, I, O]``, with the batch among the rows: broadcast, it would copy the weight."""
+    heads, batch, count, _ = x.shape
+    return (x.flatten(1, 2) @ weight).view(heads, batch, count, -1)
 
 
 class DecoderBlock(nn.Module):
@@ -230,7 +238,9 @@ class PerceptualWeightsGenerator(nn.Module):
             if isinstance(self.Bs, nn.Parameter)
             else self.Bs[letter]
         )
-        return self.config.scale * flat.view(k, self.shared_features[letter], self.config.rank)
+        shared = flat.view(k, self.shared_features[letter], self.config.rank)
+        # At the paper's scale of one the factor is the parameter itself, not a copy.
+        return shared if self.config.scale == 1 else self.config.scale * shared
 
     def _run(self, features: Tensor, need_weights: bool) -> dict[str, tuple[Tensor, Tensor | None]]:
         if features.ndim != 3 or features.shape[1:] != (self.num_patches, self.visual_dim):

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -22,6 +23,14 @@ from torch.utils.hooks import RemovableHandle
 
 from .decoder import TARGETS, decoder_layers
 from .errors import ConfigError, MergeError, WeightsError
+from .recomputing import (
+    Bridge,
+    bind_checkpoint,
+    checkpointed,
+    frozen_below,
+    is_reentrant,
+    needs_grad,
+)
 from .turns import turns
 from .weights import PerceptualWeights
 
@@ -71,12 +80,16 @@ def see(
 ) -> Iterator[None]:
     """:func:`seeing` without its checks."""
     with ExitStack() as stack:
-        bound = _checkpointed(model) if torch.is_grad_enabled() else []
-        reentrant = any(_is_reentrant(module._gradient_checkpointing_func) for module in bound)
-        seen = _Seen(weights, expand, leaves=reentrant and _needs_grad(weights))
+        bound = checkpointed(model) if torch.is_grad_enabled() else []
+        reentrant = any(is_reentrant(module._gradient_checkpointing_func) for module in bound)
+        seen = _Seen(weights, expand, leaves=reentrant and needs_grad(weights))
+        first = (
+            min(weights.layers, default=0) if bound and frozen_below(model, layers, weights) else 0
+        )
+        again = partial(_activate, layers, seen)
         for module in bound:
-            stack.enter_context(_bind_checkpoint(module, layers, seen))
-        if seen.bridge is not None:
+            stack.enter_context(bind_checkpoint(module, layers, again, seen.bridge, first))
+        if seen.bridge is not None and not first:
             stack.enter_context(seen.bridge.between(cast(Any, model).get_input_embeddings()))
         stack.enter_context(_activate(layers, seen))
         yield
@@ -110,7 +123,7 @@ class _Seen:
         )
         #: For each layer, the letters among q, k, v whose factors ``a`` can be joined.
         self.groups: dict[int, str] = dict.fromkeys(weights.layers, alike) if len(alike) > 1 else {}
-        self.bridge = _Bridge(self.factors) if leaves else None
+        self.bridge = Bridge(self.factors) if leaves else None
         if self.bridge is not None:
             self.factors = self.bridge.leaves
 
@@ -258,89 +271,3 @@ def _check_fit(layers: nn.ModuleList, weights: PerceptualWeights) -> None:
                 f"The perceptual weight {letter!r} maps width {factor.a.shape[-2]} to {factor.b.shape[-2]}, but "
                 f"{target.path} maps {read} to {written}; use the model that the weights were made with."
             )
-
-
-# --- gradient checkpointing ------------------------------------------------------------------------
-# A checkpointed layer runs again in the backward pass, when the context is long closed and perhaps in
-# another thread. So the checkpoint function is bound to the weights of the forward pass it belongs to.
-
-
-def _checkpointed(model: nn.Module) -> list[Any]:
-    return [
-        m for m in model.modules() if getattr(m, "gradient_checkpointing", False) and m.training
-    ]
-
-
-@contextmanager
-def _bind_checkpoint(module: Any, layers: nn.ModuleList, seen: _Seen) -> Iterator[None]:
-    original = module._gradient_checkpointing_func
-
-    def bound(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        def run(*inner: Any, **options: Any) -> Any:
-            with _activate(layers, seen):
-                return function(*inner, **options)
-
-        return original(run, *args, **kwargs)
-
-    module._gradient_checkpointing_func = bound
-    try:
-        yield
-    finally:
-        module._gradient_checkpointing_func = original
-
-
-def _is_reentrant(function: Any) -> bool:
-    return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
-
-
-def _needs_grad(weights: PerceptualWeights) -> bool:
-    return any(t.requires_grad for f in weights.factors.values() for t in (f.a, f.b))
-
-
-class _Bridge:
-    """Carries gradients from the layers to the generator under reentrant checkpointing.
-
-    A reentrant checkpoint calls ``backward`` once for each layer and would walk the generator's graph each
-    time. Instead the layers see leaves, which collect gradients; a node at the input embeddings, the last
-    to run backward, hands them to the generator at once.
-    """
-
-    def __init__(self, factors: dict[_Place, tuple[Tensor, Tensor]]) -> None:
-        self.originals = [t for pair in factors.values() for t in pair]
-        flat = [t.detach().requires_grad_(t.requires_grad) for t in self.originals]
-        self.flat = flat
-        self.leaves = {place: (flat[2 * i], flat[2 * i + 1]) for i, place in enumerate(factors)}
-
-    @contextmanager
-    def between(self, embedding: nn.Module) -> Iterator[None]:
-        """Insert the node after ``embedding`` while open."""
-        used = []
-
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            used.append(True)
-            return cast(Tensor, cast(Any, _HandOver).apply(output, self.flat, *self.originals))
-
-        handle = embedding.register_forward_hook(hook)
-        try:
-            yield
-        finally:
-            handle.remove()
-        if not used:
-            raise WeightsError(
-                "Reentrant gradient checkpointing needs token ids as input: with inputs_embeds alone the "
-                "generator would get no gradient. Pass input_ids, or set use_reentrant to False."
-            )
-
-
-class _HandOver(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, leaves: list[Tensor], *originals: Tensor) -> Tensor:
-        ctx.leaves = leaves
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        collected = [leaf.grad for leaf in ctx.leaves]
-        for leaf in ctx.leaves:
-            leaf.grad = None  # a second backward through this context starts from nothing
-        return (grads[0], None, *collected)

@@ -211,9 +211,40 @@ def test_embeddings_as_input_are_refused_where_the_generator_would_get_no_gradie
             value = model(inputs_embeds=hidden, labels=batch["labels"]).loss
         value.backward(retain_graph=True)
 
+    plain = gradients(stage, run, False)
+    assert plain["model.mm_projector.visual_proj.weight"].any()
+    if not stage.model.embed_tokens.weight.requires_grad:
+        # The gradients go to the generator before the first layer that sees the image.
+        reentrant = gradients(stage, run, True)
+        assert plain.keys() == reentrant.keys()
+        for name, gradient in plain.items():
+            torch.testing.assert_close(reentrant[name], gradient, msg=name)
+        return
     with pytest.raises(WeightsError, match="Pass input_ids, or set use_reentrant to False"):
         gradients(stage, run, True)
-    assert gradients(stage, run, False)["model.mm_projector.visual_proj.weight"].any()
+
+
+@REENTRANT
+def test_frozen_layers_below_the_image_run_once_and_without_a_graph(
+    stage: Any, reentrant: bool
+) -> None:
+    """LLaVA lets gradients reach the embeddings, through layers that nothing could change in stage 1."""
+    frozen = not stage.model.embed_tokens.weight.requires_grad
+    runs: dict[int, list[bool]] = {}
+    handles = [
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, i=i: runs.setdefault(i, []).append(torch.is_grad_enabled())
+        )
+        for i, layer in enumerate(stage.model.layers)
+    ]
+    gradients(stage, one, reentrant)
+    for handle in handles:
+        handle.remove()
+    first = stage.generator.layers[0]
+    assert first == 1
+    again = [False, True] if reentrant else [True, True]
+    assert runs[0] == ([False] if frozen else again)
+    assert all(runs[i] == again for i in range(first, len(stage.model.layers)))
 
 
 @REENTRANT

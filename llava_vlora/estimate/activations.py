@@ -101,11 +101,11 @@ def _decoder(settings: VLoRAConfig | None, plan: Plan, language: LanguageShape, 
     e, width = plan.width, language.width
     last = n * width * (4 + (2 * e if plan.trains_language_model else 0))
     rotary = 2 * e * n * language.head_dim
-    if plan.checkpointing:
-        return language.layers * e * n * width + last + rotary
     injected = settings.layers(language.layers) if settings else ()
     # Without anything that trains before it, the graph begins at the first injected layer.
     start = injected[0] if settings and plan.stage == "pretrain" else 0
+    if plan.checkpointing:
+        return (language.layers - start) * e * n * width + last + rotary
     total = (language.layers - start) * _layer(plan, language, n)
     if start:
         total -= 4 * n * width  # its first norm has no gradient
@@ -148,7 +148,7 @@ def _generator(
     queries = len(settings.layers(language.layers)) * types // groups
     block = _BLOCK_TENSORS * queries * dim
     if queries * heads < dim:  # see CrossAttention: patches are not projected
-        block += 2 * heads * queries * dim + 2 * dim**2
+        block += 2 * heads * queries * dim
     else:
         block += 2 * vision.patches * dim
     patches = vision.patches * (vision.width + dim)
