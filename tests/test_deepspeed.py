@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,50 @@ def test_losses_and_weights_are_those_without_deepspeed(
     assert changed, "nothing was trained, so equality says nothing"
 
 
+@pytest.fixture(scope="module")
+def one_process(
+    llm_dir: Path, tower_dir: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Finished, Path, Path]:
+    """A run of one process over batches with images and batches of text alone, and its data.
+
+    All answers have the same number of tokens: LLaVA's loss is the mean of each process's own tokens.
+    """
+    data = tmp_path_factory.mktemp("even") / "data"
+    shutil.copytree(data_dir, data)
+    records = (data / "finetune.json").read_text()
+    (data / "finetune.json").write_text(records.replace('"white"', '"red"'))
+    out = data.parent / "one"
+    flags = training_command("finetune", llm_dir, tower_dir, data, out, "vlora", **EVEN)
+    flags += ["--per_device_train_batch_size", "2"]
+    done = run_python("-m", "llava_vlora.run", "--seed", 3, "llava.train.train", *flags)
+    assert done.code == 0, done.errors[-3000:]
+    return done, out, data
+
+
+#: One epoch: six updates with images, two without.
+EVEN = {"max_steps": 8, "save_strategy": "no", "mm_vision_dtype": "float32", "learning_rate": 5e-4}
+
+
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_two_processes_are_as_good_as_one(
+    zero: str,
+    one_process: tuple[Finished, Path, Path],
+    llm_dir: Path,
+    tower_dir: Path,
+    tmp_path: Path,
+) -> None:
+    alone, folder, data = one_process
+    more = {**EVEN, "group_by_modality_length": True, "save_steps": 100}
+    done = train(tmp_path / "out", llm_dir, tower_dir, data, zero=zero, **more)
+    assert len(alone.losses()) == 8
+    assert done.losses() == pytest.approx(alone.losses(), abs=1e-3)
+    expected, found = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "out"))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-3, msg=name)
+    before = load_file(llm_dir / "model.safetensors")
+    assert any(not torch.allclose(expected[n], t, atol=2e-3) for n, t in before.items())
+
+
 def test_what_zero3_saves_loads_and_sees(
     reference: tuple[Finished, Path], llm_dir: Path, tower_dir: Path, data_dir: Path, tmp_path: Path
 ) -> None:
@@ -95,6 +140,19 @@ def test_zero3_trains_in_bfloat16(
     assert "ZeRO-3 takes one dtype: mm_projector becomes torch.bfloat16" in done.errors
     assert len(done.losses()) == STEPS
     assert done.losses()[-1] < done.losses()[0]
+
+
+def test_zero3_trains_lora_in_bfloat16(
+    llm_dir: Path, tower_dir: Path, data_dir: Path, tmp_path: Path
+) -> None:
+    """LLaVA's recipe for LoRA, which ended in an assertion: PEFT makes its adapters in float32."""
+    more = {"bf16": True, "lora_enable": True, "lora_r": 4, "mm_projector_lr": 1e-3}
+    done = train(tmp_path / "out", llm_dir, tower_dir, data_dir, zero="zero3", **more)
+    assert "LoRA, mm_projector becomes torch.bfloat16" in done.errors
+    assert done.losses()[-1] < done.losses()[0]
+    adapter = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(tensor.numel() for tensor in adapter.values())
+    assert any("lora_B" in name and tensor.any() for name, tensor in adapter.items())
 
 
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
