@@ -151,11 +151,10 @@ def check_model_arguments(arguments: Any) -> None:
 
 
 def check_together(model: Any, training: Any) -> None:
-    """Refuse what LLaVA's groups of arguments say against each other, and an output folder that cannot be used.
+    """Refuse what LLaVA's groups of arguments say against each other.
 
     Raises:
-        ConfigError: Two flags contradict each other, or a package that they need is missing.
-        CheckpointError: The output folder cannot be written to.
+        ConfigError: Two flags contradict each other.
     """
     alone = "--tune_mm_mlp_adapter True trains the projector and freezes all else"
     quantised = training.bits in (4, 8)
@@ -182,6 +181,18 @@ def check_together(model: Any, training: Any) -> None:
     for found, what in contradictions:
         if found:
             raise ConfigError(f"{what}. Leave one of the flags out.")
+
+
+def check_machine(training: Any) -> None:
+    """Refuse a run that this machine cannot do, before a model is loaded.
+
+    Raises:
+        ConfigError: A package that the flags need is missing.
+        CheckpointError: The output folder cannot be written to.
+    """
+    if training is None:
+        return
+    quantised = training.bits in (4, 8)
     for wanted, flag, package in (
         (training.lora_enable, "--lora_enable True", "peft"),
         (quantised, f"--bits {training.bits}", "bitsandbytes"),

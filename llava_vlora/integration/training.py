@@ -21,6 +21,7 @@ from .flags import (
     Request,
     VLoRAArguments,
     VLoRADataArguments,
+    check_machine,
     check_model_arguments,
     check_together,
 )
@@ -88,6 +89,7 @@ class _ChosenClass:
         return self._stock(*args, **kwargs)
 
     def from_pretrained(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        check_machine(Request.training)
         join_process_group()
         kwargs["attn_implementation"] = _available_attention(kwargs.get("attn_implementation"))
         wanted = Request.vlora()
