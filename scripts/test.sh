@@ -29,6 +29,10 @@ check "ruff format" .venv/bin/ruff format --check .
 check "mypy" .venv/bin/mypy
 check "tests, pinned stack" .venv-pinned/bin/python -m pytest "${pytest_args[@]}" "$@" </dev/null
 check "tests, current stack" .venv/bin/python -m pytest "${pytest_args[@]}" "$@" </dev/null
+# A report to read, not a test: times on a shared machine say little, and nothing is asserted.
+if [ "$fast" != 1 ]; then
+    check "training steps, a report" .venv/bin/llava-vlora bench train --rounds 2 --out runs/ci </dev/null
+fi
 
 if [ ${#failed[@]} -gt 0 ]; then
     printf 'FAILED: %s\n' "${failed[@]}" >&2
