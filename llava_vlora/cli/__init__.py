@@ -18,6 +18,7 @@ _VERBS = {
     "bench": "llava_vlora.cli.bench",
     "chat": "llava_vlora.cli.chat",
     "check-data": "llava_vlora.cli.check_data",
+    "merge-lora": "llava_vlora.cli.merge_lora",
 }
 
 

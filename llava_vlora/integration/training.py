@@ -25,6 +25,7 @@ from .flags import (
 )
 from .meta_model import VLoRAMetaModel
 from .modeling import LlavaVLoRALlamaForCausalLM, LlavaVLoRAMistralForCausalLM
+from .quantised_training import describe_as_its_base, prepare_options
 from .stages import initialize_generator
 from .trainer import patch_trainer
 from .zero import join_process_group, let_deepspeed_choose_the_device, unify_dtype
@@ -100,7 +101,8 @@ class _ChosenClass:
                 "give --mm_projector_type vlora."
             )
         chosen = _vlora_class(path, str(config.get("model_type"))) if wanted else self._stock
-        return chosen.from_pretrained(path, *args, **kwargs)
+        prepare_options(kwargs, config)
+        return describe_as_its_base(chosen.from_pretrained(path, *args, **kwargs), kwargs)
 
 
 def _vlora_class(path: str, model_type: str) -> Any:
