@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import transformers
 from packaging.version import Version
 
@@ -34,11 +35,21 @@ def prepare_options(options: dict[str, Any], config: Mapping[str, Any]) -> None:
         _say("LLaVA says twice that it wants quantised weights; the second time is left out.")
         for name in told:
             del options[name]
+    places = options.get("device_map")
+    if isinstance(places, dict) and any(_numbered_cpu(place) for place in places.values()):
+        # transformers puts the weights on the accelerator of that number, which is not there.
+        _say("processes on one CPU share it: the model is loaded to cpu, not to cpu:<process>.")
+        cpu = torch.device("cpu")
+        options["device_map"] = {k: cpu if _numbered_cpu(v) else v for k, v in places.items()}
     if config.get("tie_word_embeddings", False):
         # There is no weight to quantise: it is the embedding's, which stays as it is.
         _say("lm_head is the embedding and is not quantised.")
         kept = quantisation.llm_int8_skip_modules or []
         quantisation.llm_int8_skip_modules = [*kept, "lm_head"]
+
+
+def _numbered_cpu(place: Any) -> bool:
+    return isinstance(place, torch.device) and place.type == "cpu" and place.index is not None
 
 
 def describe_as_its_base(model: Any, options: Mapping[str, Any]) -> Any:

@@ -13,6 +13,7 @@ from llava.model.llava_arch import LlavaMetaModel
 from transformers import PretrainedConfig
 
 from ..errors import CheckpointError, ConfigError, UnsupportedDecoderError
+from .adapter import unify_adapter_dtype
 from .checkpoint import is_vlora
 from .data_errors import name_data_errors
 from .flags import (
@@ -133,6 +134,7 @@ def _patch_vision_dtype() -> None:
             initialize_generator(self, model_args, fsdp)
         stock(self, model_args, fsdp)
         unify_dtype(self)
+        unify_adapter_dtype(self)
         wanted = getattr(model_args, "mm_vision_dtype", None)
         if wanted is not None:
             _hold_dtype(self.get_vision_tower(), VISION_DTYPES[wanted])
