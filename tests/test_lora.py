@@ -446,6 +446,22 @@ def test_one_layer_of_a_plain_model(
     assert load(str(done.folder)).model.config.hidden_size == 64
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_base_in_one_file_of_pytorch(
+    adapter: Path, llm_dir: Path, tmp_path: Path, zipped: bool
+) -> None:
+    """Also in the format before PyTorch 1.6, which cannot be mapped."""
+    base = shutil.copytree(llm_dir, tmp_path / "base", ignore=shutil.ignore_patterns("model*"))
+    tensors = load_file(llm_dir / "model.safetensors")
+    torch.save(tensors, base / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    found, expected = (
+        load_file(merge_lora(adapter, str(b), tmp_path / f"out-{i}").folder / "model.safetensors")
+        for i, b in enumerate((base, llm_dir))
+    )
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def _full(adapter: Path, llm: Path, out: Path) -> tuple[Path, Path]:
     return llm, llm
 

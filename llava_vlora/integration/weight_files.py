@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -75,45 +78,59 @@ class BaseWeights:
                     )
                 return {name: self.folder / file for name, file in listed.items()}
             if whole.is_file():
-                return dict.fromkeys(_names(whole), whole)
+                return dict.fromkeys(_opened(whole).keys(), whole)
         raise CheckpointError(f"{self.folder} holds no weights.")
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor, mapped from disk until they are used."""
         for file in dict.fromkeys(self.files.values()):
-            with _opened(file) as get:
-                for name in sorted(n for n, place in self.files.items() if place == file):
-                    try:
-                        yield name, get(name)
-                    except (KeyError, SafetensorError) as error:
-                        raise CheckpointError(f"{file} lacks {name!r}: {error}") from error
+            stored = _opened(file)
+            for name in sorted(n for n, place in self.files.items() if place == file):
+                with _named_damage(file):
+                    tensor = stored[name]
+                yield name, tensor
+
+
+def _opened(file: Path) -> Mapping[str, Tensor] | _Slices:
+    """The tensors of a file, mapped from disk."""
+    with _named_damage(file):
+        if file.suffix == ".safetensors":
+            return _Slices(safe_open(file, framework="pt"))
+        # Files of PyTorch before 1.6 cannot be mapped.
+        mapped = zipfile.is_zipfile(file)
+        tensors: dict[str, Tensor] = torch.load(
+            file, map_location="cpu", mmap=mapped, weights_only=True
+        )
+    return tensors
+
+
+class _Slices:
+    """A safetensors file as a mapping."""
+
+    def __init__(self, handle: Any) -> None:
+        self.keys, self._get = handle.keys, handle.get_tensor
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._get(name)
+        return tensor
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Callable[[str], Tensor]]:
+def _named_damage(file: Path) -> Iterator[None]:
     try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as handle:
-                yield handle.get_tensor
-            return
-        stored = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except SafetensorError as error:
+        yield
+    except CheckpointError:
+        raise
+    except (
+        EOFError,
+        KeyError,
+        OSError,
+        RuntimeError,
+        SafetensorError,
+        ValueError,
+        UnpicklingError,
+    ) as error:
         raise CheckpointError(f"{file} cannot be read, it may be truncated: {error}") from error
-    except (EOFError, OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{file} cannot be read, it may be truncated: {error}") from error
-    yield stored.__getitem__
-
-
-def _names(file: Path) -> list[str]:
-    if file.suffix == ".safetensors":
-        try:
-            with safe_open(file, framework="pt") as handle:
-                return list(handle.keys())
-        except SafetensorError as error:
-            raise CheckpointError(f"{file} cannot be read, it may be truncated: {error}") from error
-    return list(torch.load(file, map_location="meta", mmap=True, weights_only=True))
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> int:
