@@ -69,7 +69,14 @@ train() {
             fi
             command+=(-m llava_vlora.run "$TRAINER")
             ;;
-        python) command=(python -m llava_vlora.run "$TRAINER") ;;
+        python)
+            if [[ " $* " != *" --deepspeed= "* ]]; then
+                # Without a launcher's variables, DeepSpeed asks MPI how many processes there are.
+                export RANK=0 LOCAL_RANK=0 WORLD_SIZE=1
+                export MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} MASTER_PORT=${MASTER_PORT:-29500}
+            fi
+            command=(python -m llava_vlora.run "$TRAINER")
+            ;;
         *) fail "LAUNCHER is '$LAUNCHER'; choose deepspeed, torchrun or python" ;;
     esac
     if [[ ${DRY_RUN:-0} == 1 ]]; then

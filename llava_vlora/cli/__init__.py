@@ -20,6 +20,7 @@ _VERBS = {
     "chat": "llava_vlora.cli.chat",
     "check-data": "llava_vlora.cli.check_data",
     "features": "llava_vlora.cli.features",
+    "merge-lora": "llava_vlora.cli.merge_lora",
 }
 
 

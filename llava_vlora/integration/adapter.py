@@ -1,12 +1,14 @@
-"""LoRA weights that LLaVA's trainer wrote, merged into a model."""
+"""LoRA weights: those that LLaVA's trainer wrote, merged into a model, and those that it is about to train."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..errors import CheckpointError, listing
 from .checkpoint import ADAPTER_FILE, read_json
@@ -48,3 +50,21 @@ def apply_adapter(model: Any, folder: Path) -> Any:
         raise CheckpointError(
             f"The LoRA weights {_ADAPTER_WEIGHTS[0]} in {folder} do not load: {error}"
         ) from error
+
+
+def unify_adapter_dtype(model: Any) -> None:
+    """Give new LoRA weights the language model's dtype under ZeRO-3, which partitions one dtype alone.
+
+    PEFT since 0.12 makes them float32 beside a bfloat16 model. DeepSpeed keeps a float32 copy for its optimizer, so
+    that small steps are not lost.
+    """
+    if not is_deepspeed_zero3_enabled():
+        return
+    wanted = model.get_input_embeddings().weight.dtype
+    other = [p for n, p in model.named_parameters() if "lora_" in n and p.dtype != wanted]
+    for parameter in other:
+        parameter.data = parameter.data.to(wanted)
+    if other:
+        print(
+            f"llava_vlora: ZeRO-3 takes one dtype: LoRA weights become {wanted}.", file=sys.stderr
+        )

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from ..errors import CheckpointError, VLoRAError, listing
 
@@ -196,6 +197,20 @@ def locate_vision_tower(config: Any, path: str | Path) -> Any:
             f"{path} needs the vision tower {name}, which is not there; put the folder back, put it "
             f"beside {path}, or correct mm_vision_tower in its config.json."
         )
+    return config
+
+
+def quantised_as(config: Any, base: str) -> Any:
+    """The config of a ``projector`` or ``lora`` checkpoint, which is loaded with the files of ``base``.
+
+    Training with ``--bits`` can leave a ``quantization_config`` in it, by which transformers would take these files
+    for quantised ones; what counts is what the base says.
+    """
+    stated = PretrainedConfig.get_config_dict(base)[0].get("quantization_config")
+    if stated is not None:
+        config.quantization_config = stated
+    elif hasattr(config, "quantization_config"):
+        del config.quantization_config
     return config
 
 

@@ -22,6 +22,7 @@ from .checkpoint import (
     load_checked,
     load_projector,
     locate_vision_tower,
+    quantised_as,
     read_json,
     read_tensors,
 )
@@ -97,8 +98,11 @@ def _load_multimodal(
         return _load_mpt(checkpoint, base, options)
     model_class, config_class = _classes(checkpoint)
     config = locate_vision_tower(config_class.from_pretrained(checkpoint.path), checkpoint.path)
-    source = str(checkpoint.path) if checkpoint.kind == "full" else checkpoint.base(base)
-    if checkpoint.kind == "full" and base is not None:
+    source = str(checkpoint.path)
+    if checkpoint.kind != "full":
+        source = checkpoint.base(base)
+        config = quantised_as(config, source)
+    elif base is not None:
         _logger.warning(
             "%s is a complete checkpoint; the model base %s is not used.", checkpoint.path, base
         )

@@ -24,6 +24,7 @@ from ..errors import CheckpointError
 from ..training import saving
 from ..training.sampling import Order, remember
 from .checkpoint import NON_LORA_FILE, PROJECTOR_FILE, load_projector, read_tensors
+from .quantised_training import BITS_KEY, projector_for_adapter
 from .reporting import RunReport
 
 _ORDER_FILE = "sample_order_{}.pth"
@@ -38,7 +39,8 @@ class ResumableTrainer(LLaVATrainer):
         self._written_to: Path | None = None
         if "processing_class" in inspect.signature(transformers.Trainer.__init__).parameters:
             kwargs["processing_class"] = kwargs.pop("tokenizer", None)  # its newer name
-        super().__init__(*args, **kwargs)
+        with projector_for_adapter(kwargs["model"]):
+            super().__init__(*args, **kwargs)
         self._report = RunReport(self)
 
     def create_optimizer(self) -> Any:
@@ -99,6 +101,8 @@ class ResumableTrainer(LLaVATrainer):
 
     def _run(self) -> saving.Run:
         kind = "lora" if self._lora else "pretrain" if self._projector_alone else "full"
+        bits = getattr(self.model.config, BITS_KEY, None)
+        kind += f" of {bits} bits" if bits else ""
         stage = 0
         if self.is_deepspeed_enabled:
             plugin = self.accelerator.state.deepspeed_plugin

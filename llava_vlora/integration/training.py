@@ -13,6 +13,7 @@ from llava.model.llava_arch import LlavaMetaModel
 from transformers import PretrainedConfig
 
 from ..errors import CheckpointError, ConfigError, UnsupportedDecoderError
+from .adapter import unify_adapter_dtype
 from .checkpoint import is_vlora
 from .data_errors import name_data_errors
 from .features import check_features_flag, patch_features
@@ -27,6 +28,7 @@ from .flags import (
 )
 from .meta_model import VLoRAMetaModel
 from .modeling import LlavaVLoRALlamaForCausalLM, LlavaVLoRAMistralForCausalLM
+from .quantised_training import describe_as_its_base, prepare_options
 from .stages import initialize_generator
 from .trainer import patch_trainer
 from .zero import join_process_group, let_deepspeed_choose_the_device, unify_dtype
@@ -105,7 +107,8 @@ class _ChosenClass:
                 "give --mm_projector_type vlora."
             )
         chosen = _vlora_class(path, str(config.get("model_type"))) if wanted else self._stock
-        return chosen.from_pretrained(path, *args, **kwargs)
+        prepare_options(kwargs, config)
+        return describe_as_its_base(chosen.from_pretrained(path, *args, **kwargs), kwargs)
 
 
 def _vlora_class(path: str, model_type: str) -> Any:
@@ -136,6 +139,7 @@ def _patch_vision_dtype() -> None:
             initialize_generator(self, model_args, fsdp)
         stock(self, model_args, fsdp)
         unify_dtype(self)
+        unify_adapter_dtype(self)
         wanted = getattr(model_args, "mm_vision_dtype", None)
         if wanted is not None:
             _hold_dtype(self.get_vision_tower(), VISION_DTYPES[wanted])

@@ -86,29 +86,19 @@ def join_process_group() -> None:
 
 
 def unify_dtype(model: Any) -> None:
-    """Give projector or generator and LoRA adapters the language model's dtype under ZeRO-3, which takes one alone.
+    """Give the projector or generator the language model's dtype under ZeRO-3, which partitions one dtype alone.
 
-    LLaVA builds the projector in float32 beside a bfloat16 model, and PEFT its adapters. ZeRO-2 converts the whole
-    model when it starts, so this is no other precision than there; the optimizer's own copy is float32 in both.
+    LLaVA builds the projector in float32 beside a bfloat16 model. ZeRO-2 converts the whole model when it starts,
+    so this is no other precision than there; the optimizer's own copy is float32 in both.
     """
     if not is_deepspeed_zero3_enabled():
         return
     wanted = model.get_input_embeddings().weight.dtype
-    # What ZeRO-3 has partitioned already came with the language model.
-    changed = {
-        name: p
-        for name, p in model.named_parameters()
-        if "vision_tower" not in name  # runs apart, without gradients
-        and (p.is_floating_point() and p.dtype != wanted and not hasattr(p, "ds_id"))
-    }
-    for parameter in changed.values():
-        parameter.data = parameter.data.to(wanted)
-    parts = {"mm_projector" if "mm_projector" in name else "LoRA" for name in changed}
-    if parts:
+    if any(p.dtype != wanted for p in model.mm_projector.parameters()):
         print(
-            f"llava_vlora: ZeRO-3 takes one dtype: {', '.join(sorted(parts))} becomes {wanted}.",
-            file=sys.stderr,
+            f"llava_vlora: ZeRO-3 takes one dtype: mm_projector becomes {wanted}.", file=sys.stderr
         )
+        model.mm_projector.to(wanted)
 
 
 def leave_process_group() -> None:

@@ -34,7 +34,7 @@ class Run:
     """What two runs must have in common for one to go on from the other's checkpoint."""
 
     kind: str
-    """``pretrain`` (projector alone), ``full`` or ``lora``."""
+    """``pretrain`` (projector alone), ``full`` or ``lora``; quantised ones say so, as ``lora of 4 bits``."""
     engine: str
     """``torch`` or ``ZeRO-<stage>``."""
     processes: int
@@ -62,10 +62,16 @@ def publish(unfinished: Path, folder: Path, run: Run) -> None:
     sizes = {p.relative_to(unfinished).as_posix(): p.stat().st_size for p in files}
     manifest = {"version": _VERSION, "run": asdict(run), "bytes": sizes}
     (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    for path in [*files, unfinished / MANIFEST, *_folders(unfinished)]:
-        _flush(path)
     if folder.exists():
         shutil.rmtree(folder)
+    publish_folder(unfinished, folder)
+
+
+def publish_folder(unfinished: Path, folder: Path) -> None:
+    """Flush the files of a folder and give it a name that is not taken."""
+    files = [path for path in unfinished.rglob("*") if path.is_file()]
+    for path in [*files, *_folders(unfinished)]:
+        _flush(path)
     os.rename(unfinished, folder)
     _flush(folder.parent)
 
@@ -229,6 +235,19 @@ class DiskPlan:
                 f"result take {_gib(whole)}. Give --save_total_limit or a larger --save_steps."
             )
         return None
+
+
+def require_space(folder: Path, count: int, what: str) -> None:
+    """Refuse to write ``count`` bytes to a disk without room for them.
+
+    Raises:
+        CheckpointError: Less is free; the message begins with ``what``.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < count + _SPARE_BYTES:
+        raise CheckpointError(
+            f"{what} takes about {_gib(count)}, but {folder} has {_gib(free)} free. Free space, or give another folder."
+        )
 
 
 def _gib(count: int) -> str:

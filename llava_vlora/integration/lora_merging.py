@@ -1,0 +1,277 @@
+"""A LoRA checkpoint of LLaVA's trainer and its base model as one full checkpoint, without loading either whole.
+
+The base's tensors pass through one by one: ``W + (lora_alpha / r) B A`` (Hu et al., arXiv 2106.09685, section 4.1),
+computed in float32, where PEFT rounds the product to the dtype of the weights before it adds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..errors import CheckpointError, listing
+from ..training.saving import publish_folder, require_space
+from .checkpoint import (
+    ADAPTER_FILE,
+    NON_LORA_FILE,
+    Checkpoint,
+    inspect_checkpoint,
+    read_json,
+    read_tensors,
+)
+from .quantised_training import BITS_KEY
+from .weight_files import BaseWeights, local_folder, write_shards
+
+#: Of the base, beside weights and config.json.
+_COMPANIONS = ("token", "special_tokens_map", "added_tokens", "vocab", "merges", "generation_")
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+_LORA = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
+_CLASSES = {
+    "llava_vlora": "LlavaVLoRALlamaForCausalLM",
+    "llava_vlora_mistral": "LlavaVLoRAMistralForCausalLM",
+    "llava": "LlavaLlamaForCausalLM",
+    "llava_llama": "LlavaLlamaForCausalLM",
+    "llava_mistral": "LlavaMistralForCausalLM",
+}
+
+Progress = Callable[[str, int], Callable[[int], object]]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What :func:`merge_lora` wrote."""
+
+    folder: Path
+    layers: int
+    """Linear layers that the adapter changed."""
+    size: int
+    """Bytes of weights."""
+    dtype: torch.dtype
+    bits: int | None
+    """Bits of the language model while the adapter was trained; None if it was not quantised."""
+
+
+def merge_lora(
+    lora: str | Path,
+    base: str | None,
+    out: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    progress: Progress = lambda name, total: lambda count: None,
+) -> Merged:
+    """Write base, LoRA weights and projector or generator as one checkpoint, whole or not at all.
+
+    Args:
+        lora: Output folder of a LoRA or QLoRA run, or a checkpoint in it.
+        base: Folder or hub name of the language model; the one that the adapter names by default.
+        out: New folder.
+        dtype: Of all floating-point weights; by default that of the base.
+        progress: Called with a name and a number of tensors; what it returns is called for each.
+
+    Raises:
+        CheckpointError: ``lora`` is no LoRA checkpoint, does not fit ``base`` or needs what plain LoRA lacks; ``out``
+            is not empty; the disk has no room.
+    """
+    checkpoint = _lora_checkpoint(Path(lora))
+    target = Path(out).expanduser()
+    _require_new(target)
+    scale = _scales(read_json(checkpoint.path / ADAPTER_FILE), checkpoint.path)
+    pairs = _pairs(checkpoint.path)
+    new = _replacements(checkpoint)
+    weights = BaseWeights(local_folder(checkpoint.base(base)))
+    wanted = dtype or weights.dtype
+    _require_projector(checkpoint, [*new, *weights.files])
+    numbers = weights.numbers + sum(tensor.numel() for tensor in new.values())
+    target.parent.mkdir(parents=True, exist_ok=True)
+    require_space(target.parent, numbers * wanted.itemsize, f"The merged model {target}")
+    unfinished = target.parent / f".{target.name}.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir()
+        step = progress("Merging", len(weights.files.keys() | new))
+        size = write_shards(unfinished, _merged(weights, pairs, scale, new, wanted, step))
+        bits = _describe(checkpoint, weights.folder, unfinished, wanted)
+        if target.is_dir():
+            target.rmdir()  # empty; some systems do not rename over it
+        publish_folder(unfinished, target)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{target} could not be written: {error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return Merged(target, len(pairs), size, wanted, bits)
+
+
+# --- what is read ----------------------------------------------------------------------------------
+
+
+def _lora_checkpoint(folder: Path) -> Checkpoint:
+    checkpoint = inspect_checkpoint(folder)
+    if checkpoint.kind != "lora":
+        raise CheckpointError(
+            f"{folder} is no LoRA checkpoint: it has no {ADAPTER_FILE}. Give the output folder of a run with "
+            "--lora_enable True, or a checkpoint in it."
+        )
+    return checkpoint
+
+
+def _require_new(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists already; give a new folder, or remove it.")
+
+
+def _scales(stated: Mapping[str, Any], folder: Path) -> Callable[[str], float]:
+    """The factor of ``B A`` for a module's name."""
+    other = {
+        "peft_type": stated.get("peft_type", "LORA") != "LORA",
+        "bias": stated.get("bias", "none") != "none",
+        **{
+            key: bool(stated.get(key))
+            for key in ("use_dora", "modules_to_save", "fan_in_fan_out", "lora_bias")
+        },
+    }
+    found = [f"{key} {stated[key]!r}" for key, present in other.items() if present]
+    if found:
+        raise CheckpointError(
+            f"{folder / ADAPTER_FILE} has {', '.join(found)}; only plain LoRA, LLaVA's default, can be merged. "
+            "Load the folder with its base instead."
+        )
+
+    def scale(module: str) -> float:
+        rank, alpha = (
+            next((v for k, v in patterns.items() if re.search(rf"(^|\.){k}$", module)), default)
+            for patterns, default in (
+                (stated.get("rank_pattern") or {}, stated["r"]),
+                (stated.get("alpha_pattern") or {}, stated["lora_alpha"]),
+            )
+        )
+        return float(alpha / (math.sqrt(rank) if stated.get("use_rslora") else rank))
+
+    return scale
+
+
+def _pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """``A [r, in]`` and ``B [out, r]`` by the name of the module that they belong to."""
+    file = next((folder / name for name in _ADAPTERS if (folder / name).is_file()), None)
+    if file is None:
+        raise CheckpointError(
+            f"{folder} lacks its LoRA weights {_ADAPTERS[0]}; copy them from the output folder."
+        )
+    try:
+        tensors = load_file(file) if file.suffix == ".safetensors" else read_tensors(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read, it may be truncated: {error}") from error
+    halves: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        match = _LORA.fullmatch(name)
+        if match is None or not tensor.numel():
+            what = "is empty" if match else "is no weight of plain LoRA"
+            raise CheckpointError(f"{name!r} in {file} {what}; it cannot be merged.")
+        halves.setdefault(match[1], {})[match[2]] = tensor
+    alone = [name for name, half in halves.items() if len(half) != 2]
+    if alone or not halves:
+        raise CheckpointError(f"{file} lacks half of the LoRA weights of {listing(alone[:1])}.")
+    return {name: (half["A"], half["B"]) for name, half in halves.items()}
+
+
+def _replacements(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """What was trained whole, the projector or generator above all, by its name in the full model."""
+    file = checkpoint.path / NON_LORA_FILE
+    if not checkpoint.multimodal and not file.is_file():
+        return {}
+    tensors = {
+        name.removeprefix("base_model.model."): tensor
+        for name, tensor in read_tensors(file).items()
+    }
+    empty = [name for name, tensor in tensors.items() if not tensor.numel()]
+    if empty:
+        raise CheckpointError(f"{file} is of no use: {empty[0]!r} is empty.")
+    return tensors
+
+
+def _require_projector(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    if checkpoint.multimodal and not any("mm_projector." in name for name in names):
+        raise CheckpointError(
+            f"Neither {checkpoint.path / NON_LORA_FILE} nor the base has a projector, without which the model would "
+            "see nothing. Was it frozen in training? Then give the model that training started from as the base."
+        )
+
+
+# --- what is written -------------------------------------------------------------------------------
+
+
+def _merged(
+    base: BaseWeights,
+    pairs: Mapping[str, tuple[Tensor, Tensor]],
+    scale: Callable[[str], float],
+    new: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    step: Callable[[int], object],
+) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of the result in ``dtype``."""
+    lost = [name for name in pairs if f"{name}.weight" not in base.files]
+    if lost:
+        raise CheckpointError(
+            f"{base.folder} has no layer {lost[0]!r}, which the adapter changes; give the base of training."
+        )
+    for name, weight in base.tensors():
+        replaced = new.get(name)
+        if replaced is not None and replaced.shape != weight.shape:
+            raise _misfit(base.folder, name, weight, replaced.shape)
+        weight = weight if replaced is None else replaced
+        pair = pairs.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        if pair is not None:
+            a, b = pair
+            if (b.shape[0], a.shape[1]) != tuple(weight.shape):
+                raise _misfit(base.folder, name, weight, (b.shape[0], a.shape[1]))
+            change = (b.float() @ a.float()) * scale(name.removesuffix(".weight"))
+            weight = weight.float() + change
+        yield name, _cast(weight, dtype)
+        step(1)
+    for name, tensor in new.items():
+        if name not in base.files:
+            yield name, _cast(tensor, dtype)
+            step(1)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _misfit(folder: Path, name: str, weight: Tensor, shape: Iterable[int]) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} has {name!r} of shape {list(weight.shape)}, the LoRA checkpoint fits {list(shape)}; give the base "
+        "of training."
+    )
+
+
+def _describe(checkpoint: Checkpoint, base: Path, out: Path, dtype: torch.dtype) -> int | None:
+    """Write config and tokenizer; returns the bits of the language model in training."""
+    config = dict(checkpoint.config)
+    quantised = config.pop("quantization_config", None) or {}
+    bits = config.pop(BITS_KEY, None) or (
+        4 if quantised.get("load_in_4bit") else 8 if quantised.get("load_in_8bit") else None
+    )
+    for key in ("dtype", "_name_or_path"):
+        config.pop(key, None)
+    config["torch_dtype"] = str(dtype).removeprefix("torch.")  # every release reads this name
+    model_class = _CLASSES.get(str(config.get("model_type")))
+    if model_class and checkpoint.multimodal:
+        config["architectures"] = [model_class]
+    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for file in sorted(base.iterdir()):
+        if file.is_file() and file.name.startswith(_COMPANIONS):
+            shutil.copy(file, out / file.name)
+    return bits
