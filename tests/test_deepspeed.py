@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -75,43 +76,65 @@ def test_losses_and_weights_are_those_without_deepspeed(
     assert changed, "nothing was trained, so equality says nothing"
 
 
+# One order of samples, whatever versions shuffle: update i takes records 2i and 2i + 1.
+_IN_ORDER = """
+import sys
+from torch.utils.data import SequentialSampler
+from llava_vlora import run
+from llava_vlora.integration.registration import register
+register()
+from llava.train.llava_trainer import LLaVATrainer
+LLaVATrainer._get_train_sampler = lambda self, *a: SequentialSampler(self.train_dataset)
+raise SystemExit(run.main(sys.argv[1:]))
+"""
+IN_ORDER = {"max_steps": 8, "save_strategy": "no", "mm_vision_dtype": "float32"}
+IN_ORDER |= {"learning_rate": 5e-4, "group_by_modality_length": None}
+
+
 @pytest.fixture(scope="module")
 def one_process(
     llm_dir: Path, tower_dir: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Finished, Path, Path]:
-    """A run of one process over batches with images and batches of text alone, and its data.
+) -> tuple[list[float], Path, Path]:
+    """Losses and folder of a run of one process, and its data.
 
-    All answers have the same number of tokens: LLaVA's loss is the mean of each process's own tokens.
+    All answers have the same number of tokens, because LLaVA's loss is the mean of each process's own tokens. The
+    first updates are half text, half image, the fifth and sixth text alone.
     """
     data = tmp_path_factory.mktemp("even") / "data"
     shutil.copytree(data_dir, data)
-    records = (data / "finetune.json").read_text()
-    (data / "finetune.json").write_text(records.replace('"white"', '"red"'))
-    out = data.parent / "one"
-    flags = training_command("finetune", llm_dir, tower_dir, data, out, "vlora", **EVEN)
-    flags += ["--per_device_train_batch_size", "2"]
-    done = run_python("-m", "llava_vlora.run", "--seed", 3, "llava.train.train", *flags)
+    records = json.loads((data / "finetune.json").read_text().replace('"white"', '"red"'))
+    text = [r for r in records if "image" not in r] * 2
+    image = [r for r in records if "image" in r]
+    mixed = [r for pair in zip(image[:4], text[:4], strict=True) for r in pair]
+    (data / "finetune.json").write_text(json.dumps(mixed + text[4:] + image[4:8]))
+    script, out = data.parent / "in_order.py", data.parent / "one"
+    script.write_text(_IN_ORDER)
+    more = {**IN_ORDER, "per_device_train_batch_size": 2}
+    flags = training_command("finetune", llm_dir, tower_dir, data, out, "vlora", **more)
+    done = run_python(script, "--seed", 3, "llava.train.train", *flags)
     assert done.code == 0, done.errors[-3000:]
-    return done, out, data
-
-
-#: One epoch: six updates with images, two without.
-EVEN = {"max_steps": 8, "save_strategy": "no", "mm_vision_dtype": "float32", "learning_rate": 5e-4}
+    return done.losses(), out, data
 
 
 @pytest.mark.parametrize("zero", ["zero2", "zero3"])
 def test_two_processes_are_as_good_as_one(
     zero: str,
-    one_process: tuple[Finished, Path, Path],
+    one_process: tuple[list[float], Path, Path],
     llm_dir: Path,
     tower_dir: Path,
     tmp_path: Path,
 ) -> None:
-    alone, folder, data = one_process
-    more = {**EVEN, "group_by_modality_length": True, "save_steps": 100}
-    done = train(tmp_path / "out", llm_dir, tower_dir, data, zero=zero, **more)
-    assert len(alone.losses()) == 8
-    assert done.losses() == pytest.approx(alone.losses(), abs=1e-3)
+    losses, folder, data = one_process
+    more = {**IN_ORDER, "per_device_train_batch_size": 1, "deepspeed": SCRIPTS / f"{zero}.json"}
+    flags = training_command(
+        "finetune", llm_dir, tower_dir, data, tmp_path / "out", "vlora", **more
+    )
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    script = data.parent / "in_order.py"
+    done = run_python(*launch, script, "--seed", 3, "llava.train.train", *flags)
+    assert done.code == 0, done.errors[-3000:]
+    assert len(losses) == 8
+    assert done.losses() == pytest.approx(losses, abs=1e-3)
     expected, found = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "out"))
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-3, msg=name)
