@@ -26,6 +26,7 @@ from ..training.sampling import Order, remember
 from .checkpoint import NON_LORA_FILE, PROJECTOR_FILE, load_projector, read_tensors
 from .quantised_training import BITS_KEY, projector_for_adapter
 from .reporting import RunReport
+from .zero import keep_small_parameters_whole
 
 _ORDER_FILE = "sample_order_{}.pth"
 
@@ -198,6 +199,7 @@ class ResumableTrainer(LLaVATrainer):
                 else:
                     super()._save_checkpoint(model, trial)
                     self._complete(unfinished / name)
+                keep_small_parameters_whole(self.model_wrapped)
             finally:
                 self._written_to = None
             self._publish(unfinished / name, folder / name)

@@ -101,6 +101,16 @@ def unify_dtype(model: Any) -> None:
         model.mm_projector.to(wanted)
 
 
+def keep_small_parameters_whole(engine: Any) -> None:
+    """Gather again what ZeRO-3 keeps whole on every process, after LLaVA has gathered and let go of weights to save.
+
+    Otherwise a continued run, whose first passes had them whole, ends in ``tracing error`` after its next checkpoint.
+    """
+    optimizer = getattr(engine, "optimizer", None)
+    if is_deepspeed_zero3_enabled() and hasattr(optimizer, "checkpoint_event_epilogue"):
+        optimizer.checkpoint_event_epilogue()
+
+
 def leave_process_group() -> None:
     """Close the process group: DeepSpeed leaves threads of it running, which abort the process as it ends."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
