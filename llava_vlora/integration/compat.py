@@ -146,6 +146,19 @@ def save_without_deepspeed(*modules: ModuleType) -> bool:
     return True
 
 
+def read_to_numbered_cpu() -> bool:
+    """With several processes on CPUs, accelerate before 1.0 calls theirs ``cpu:0``, where PyTorch reads nothing to."""
+    try:
+        serialization: Any = torch.serialization
+        serialization.default_restore_location(torch.empty(0).untyped_storage(), "cpu:0")
+    except RuntimeError:
+        torch.serialization.register_package(
+            9, lambda storage: None, lambda storage, place: storage if place == "cpu:0" else None
+        )
+        return True
+    return False
+
+
 def widen_rope_tables(model: torch.nn.Module) -> int:
     """Transformers up to 4.37 cuts its RoPE tables to the sequence length, so the position behind a gap is missing.
 
@@ -214,7 +227,11 @@ def apply_training_shims() -> list[str]:
 
     applied += [
         shim.__name__
-        for shim in (round_bucket_size, accumulate_with_partitioned_gradients)
+        for shim in (
+            round_bucket_size,
+            accumulate_with_partitioned_gradients,
+            read_to_numbered_cpu,
+        )
         if shim()
     ]
     for shim, modules in (

@@ -106,7 +106,7 @@ def keep_small_parameters_whole(engine: Any) -> None:
 
     Otherwise a continued run, whose first passes had them whole, ends in ``tracing error`` after its next checkpoint.
     """
-    optimizer = getattr(engine, "optimizer", None)
+    optimizer: Any = getattr(engine, "optimizer", None)
     if is_deepspeed_zero3_enabled() and hasattr(optimizer, "checkpoint_event_epilogue"):
         optimizer.checkpoint_event_epilogue()
 
