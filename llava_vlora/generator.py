@@ -239,8 +239,10 @@ class PerceptualWeightsGenerator(nn.Module):
             else self.Bs[letter]
         )
         shared = flat.view(k, self.shared_features[letter], self.config.rank)
-        # At the paper's scale of one the factor is the parameter itself, not a copy.
-        return shared if self.config.scale == 1 else self.config.scale * shared
+        # In training at the paper's scale of one, the factor is the parameter itself. Elsewhere it is a copy: weights
+        # that are kept must not change with the generator.
+        itself = self.training and torch.is_grad_enabled() and self.config.scale == 1
+        return shared if itself else self.config.scale * shared
 
     def _run(self, features: Tensor, need_weights: bool) -> dict[str, tuple[Tensor, Tensor | None]]:
         if features.ndim != 3 or features.shape[1:] != (self.num_patches, self.visual_dim):

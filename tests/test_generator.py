@@ -128,6 +128,19 @@ def test_alpha_scales_the_weights_once() -> None:
         torch.testing.assert_close(factors[letter].b, 4 * static)
 
 
+def test_shared_factors_are_copied_unless_the_generator_trains() -> None:
+    """Weights that are kept stay what they were; a training step need not copy what all images share."""
+    generator = make_generator()
+    features = torch.randn(1, PATCHES, VISUAL)
+    place = generator.Bs.untyped_storage().data_ptr()
+    assert generator.train()(features).factors["q"].b.untyped_storage().data_ptr() == place
+    kept = generator.eval()(features).factors["q"].b
+    before = kept.clone()
+    with torch.no_grad():
+        generator.Bs.add_(1.0)
+    assert torch.equal(kept, before)
+
+
 def test_types_do_not_communicate_when_separate() -> None:
     generator, features = make_generator(), torch.randn(1, PATCHES, VISUAL)
     generator(features).factors["q"].a.sum().backward()
