@@ -462,6 +462,8 @@ def test_an_interrupt_ends_the_command_and_its_workers(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A background job of a shell ignores interrupts, and its children would.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 20
     while len(members(child.pid)) < 3 and time.monotonic() < deadline:

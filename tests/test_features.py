@@ -362,6 +362,8 @@ def test_interrupt_ends_at_once_and_leaves_no_process(data: Path, tower_dir: Pat
         stdout=subprocess.DEVNULL,
         text=True,
         start_new_session=True,
+        # A background job of a shell ignores interrupts, and its children would.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     end = time.monotonic() + 120
     while not list((data / "features").glob("*.safetensors")) and time.monotonic() < end:
