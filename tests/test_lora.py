@@ -171,8 +171,7 @@ def test_losses_are_near_those_without_quantisation(
     """Seen on these random weights: up to 0.6 apart for VLoRA, 0.2 for LLaVA, where losses fall by 1.2 and 2.8."""
     found = run_of(runs, name).losses()
     expected = run_of(runs, name.split("-")[0] + "-16").losses()
-    # Over all steps: a single batch of four samples can be further apart.
-    assert sum(found) / len(found) == pytest.approx(sum(expected) / len(expected), abs=0.8)
+    assert found == pytest.approx(expected, abs=1.0)
     assert found[0] == pytest.approx(expected[0], abs=0.4)
 
 
@@ -371,7 +370,7 @@ def test_qlora_is_merged_into_the_unquantised_base(
     assert f"a language model of {bits} bits" in " ".join(capsys.readouterr().out.split())
     torch.testing.assert_close(logits(out, None), logits(lora, llm_dir), rtol=0, atol=1e-4)
     apart = (logits(out, None) - logits(lora, llm_dir, bits=bits)).abs().max()
-    assert 0 < apart < {4: 6.0, 8: 5.0}[bits]
+    assert 0 < apart < {4: 4.0, 8: 3.0}[bits]
 
 
 @pytest.mark.slow
@@ -554,8 +553,8 @@ def test_mistakes_leave_nothing(
 def test_a_disk_without_room_is_refused_first(
     adapter: Path, llm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
+    usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
     monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(CheckpointError, match=r"merged model .* takes about .* 1\.0 MiB free"):
+    with pytest.raises(CheckpointError, match=r"merged model .* takes about .* 1\.0 MB free"):
         merge_lora(adapter, str(llm_dir), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -193,6 +193,7 @@ def make_vlora(llm: Path, tower: Path, **settings: object) -> Any:
         **{"mm_vision_select_layer": -2, **VLORA_FLAGS, **settings},
     )
     model = train.LlavaLlamaForCausalLM.from_pretrained(str(llm))
+    torch.manual_seed(2)  # the queries are drawn when the generator is made
     model.get_model().initialize_vision_modules(arguments)
     model.config.mm_use_im_start_end = model.config.mm_use_im_patch_token = False
     model.get_vision_tower().float()
