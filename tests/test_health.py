@@ -128,15 +128,20 @@ def test_watching_leaves_no_hook_and_no_figure_of_passes_that_are_not_to_be_read
 
 
 def test_a_generator_that_ignores_its_image_has_collapsed(model: Any) -> None:
-    assert not read(model, features(6))[0].collapsed()
+    def share(watched: GeneratorHealth) -> float:
+        return watched.figures(1)["vlora/image_share"]
+
+    watched, _ = read(model, features(6))
+    assert not watched.collapsed(share(watched))
     with torch.no_grad():
         for name, parameter in model.generator.named_parameters():
             if "multihead_attn.out_proj" in name:
                 parameter.zero_()
     watched, _ = read(model, features(6))
-    assert watched.figures(1)["vlora/image_share"] < 1e-9
-    assert watched.collapsed()
-    assert not read(model, features(2))[0].collapsed()  # two images are not enough to say so
+    assert share(watched) < 1e-9
+    assert watched.collapsed(share(watched))
+    few, _ = read(model, features(2))
+    assert not few.collapsed(share(few))  # two images are not enough to say so
 
 
 # --- LLaVA's trainer -------------------------------------------------------------------------------

@@ -59,13 +59,13 @@ class RunReport:
         if self.health is not None:
             step = self._trainer.state.global_step
             found |= self.health.figures(step)
-            if step >= _WARM_UP and not self._warned and self.health.collapsed():
+            share = found.get("vlora/image_share", 1.0)
+            if step >= _WARM_UP and not self._warned and self.health.collapsed(share):
                 self._warned = True
-                self._warn(found["vlora/image_share"], step)
+                self._warn(share, self.health.images(), step)
         return {name: float(f"{value:.6g}") for name, value in found.items()}
 
-    def _warn(self, share: float, step: int) -> None:
-        count = self.health.images() if self.health is not None else 0
+    def _warn(self, share: float, count: int, step: int) -> None:
         print(
             f"llava_vlora: WARNING at step {step}: the generator has collapsed. Its weights for {count} different "
             f"images differ by {share:.2g} of their size (below {COLLAPSED:g}), so the model answers as if it saw no "

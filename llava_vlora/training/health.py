@@ -145,10 +145,9 @@ class GeneratorHealth:
         """Different images that :meth:`figures` compares."""
         return sum(seen.images for seen in self._passes)
 
-    def collapsed(self) -> bool:
-        """Whether the generator gives one answer for all images it has seen of late."""
-        shares = self._shares()
-        return self.images() >= _ENOUGH and shares.get("vlora/image_share", 1.0) < COLLAPSED
+    def collapsed(self, share: float) -> bool:
+        """Whether ``vlora/image_share`` means one answer for all images, of which there were enough to say so."""
+        return self.images() >= _ENOUGH and share < COLLAPSED
 
     def _shares(self) -> dict[str, float]:
         if not self._passes:
