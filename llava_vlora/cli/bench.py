@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import bench_train
+from .arguments import add_bench_arguments, chosen_device
 
 if TYPE_CHECKING:
-    import torch
-
     from ..bench.measure import Options
 
 _EPILOG = """\
@@ -43,8 +41,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--shape", default="tiny", help="tiny, 1b, 7b or 13b (default: tiny)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_bench_arguments(parser)
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -53,7 +50,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--bits", type=int, choices=(8, 4), help="quantise the decoder layers with bitsandbytes"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="default: 5")
     parser.add_argument(
         "--batch", type=_numbers, default=(1, 8, 32), help="for decoding (default: 1,8,32)"
     )
@@ -69,9 +65,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument(
         "--types", help="weight types instead of qkvom; without m all of them can be merged"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/bench"), help="folder of the JSON and the plot"
     )
     others = parser.add_subparsers(
         dest="what", title="another benchmark", metavar="train", action=_Instead
@@ -133,22 +126,6 @@ def _options(args: argparse.Namespace) -> Options:
         parts=args.parts or tuple(PARTS),
         bits=args.bits,
     )
-
-
-def chosen_device(name: str) -> torch.device:
-    """The device of ``--device``: the GPU, if there is one, for ``auto``.
-
-    Raises:
-        ConfigError: There is no GPU.
-    """
-    import torch
-
-    from ..errors import ConfigError
-
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise ConfigError("--device cuda: PyTorch finds no GPU here; use --device cpu.")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
 def _numbers(text: str) -> tuple[int, ...]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .arguments import add_bench_arguments, chosen_device
 
 if TYPE_CHECKING:
     from ..bench.training import TrainOptions
@@ -29,8 +30,7 @@ def add_arguments(subparsers: argparse._SubParsersAction[Any]) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--shape", default="tiny", help="tiny, 1b, 7b or 13b (default: tiny)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_bench_arguments(parser)
     parser.add_argument(
         "--dtype", default="bfloat16", help="bfloat16 (default), float32 or autocast"
     )
@@ -47,10 +47,6 @@ def add_arguments(subparsers: argparse._SubParsersAction[Any]) -> None:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="gradient checkpointing, which LLaVA's recipes use",
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="default: 5")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/bench"), help="folder of the JSON and the plot"
     )
 
 
@@ -83,7 +79,6 @@ def run(args: argparse.Namespace) -> int:
 def _options(args: argparse.Namespace) -> TrainOptions:
     from ..bench.shapes import shape
     from ..bench.training import TEXT_TOKENS, TrainOptions
-    from .bench import chosen_device
 
     text = args.text_tokens
     return TrainOptions(

@@ -7,6 +7,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from .arguments import positive
+
 _EPILOG = """\
 In the chat: /image PATH, /time [on|off], /path auto|merged|batched, /reset, /help, /quit.
 Ctrl-C stops an answer, Ctrl-D leaves.
@@ -41,7 +43,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         help="LLaVA's conversation template (default: mistral_instruct for Mistral, mpt for MPT, else vicuna_v1)",
     )
     parser.add_argument(
-        "--max-new-tokens", type=_positive, default=512, help="longest answer (default: 512)"
+        "--max-new-tokens", type=positive, default=512, help="longest answer (default: 512)"
     )
     parser.add_argument(
         "--temperature",
@@ -108,13 +110,6 @@ def _names(paths: list[str]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [f"{part[-1]} {i}" for i, part in enumerate(parts, start=1)]
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value
 
 
 def _temperature(text: str) -> float:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .arguments import cores, positive
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,11 +39,11 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--model", help="language model, for its tokenizer; no weights are read")
     parser.add_argument("--version", default="v1", help="as in LLaVA's trainer (default: v1)")
     parser.add_argument(
-        "--model-max-length", type=_positive, default=2048, help="in tokens (default: 2048)"
+        "--model-max-length", type=positive, default=2048, help="in tokens (default: 2048)"
     )
-    parser.add_argument("--limit", type=_positive, help="look at the first records alone")
+    parser.add_argument("--limit", type=positive, help="look at the first records alone")
     parser.add_argument(
-        "--workers", type=_positive, default=_cores(), help="processes (default: one a core)"
+        "--workers", type=positive, default=cores(), help="processes (default: one a core)"
     )
     parser.add_argument("--json", type=Path, metavar="REPORT", help="write all findings here")
     parser.add_argument(
@@ -189,14 +190,3 @@ def _show(
 
 def _count(records: Sequence[Any]) -> str:
     return f"{len(records)} record{'' if len(records) == 1 else 's'}"
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .arguments import chosen_device, cores, positive
 
 if TYPE_CHECKING:
     from ..demo.plan import Settings
@@ -33,13 +34,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--seed", type=int, default=0, help="of data and training (default: 0)")
     parser.add_argument(
         "--steps",
-        type=_positive,
+        type=positive,
         help="fine-tuning steps; pretraining is scaled along (default: those of the size)",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
-        "--batch-size", type=_positive, default=32, help="questions answered at once (default: 32)"
+        "--batch-size", type=positive, default=32, help="questions answered at once (default: 32)"
     )
     parser.add_argument(
         "--only-report", action="store_true", help="build the report of an earlier run in OUT anew"
@@ -69,18 +70,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    import torch
-
     from ..demo.plan import Settings
-    from ..errors import ConfigError
 
-    available = torch.cuda.is_available()
-    if args.device == "cuda" and not available:
-        raise ConfigError("--device cuda: PyTorch finds no GPU here; use --device cpu.")
-    device = "cuda" if available and args.device != "cpu" else "cpu"
-    cores = os.cpu_count() or 1
+    device, available = chosen_device(args.device).type, cores()
     # Two trainings on one GPU would share its memory; on a CPU they share the cores.
-    parallel = 2 if device == "cpu" and cores > 1 else 1
+    parallel = 2 if device == "cpu" and available > 1 else 1
     return Settings(
         size=args.size,
         seed=args.seed,
@@ -88,12 +82,5 @@ def _settings(args: argparse.Namespace) -> Settings:
         device=device,
         batch_size=args.batch_size,
         parallel=parallel,
-        threads=max(1, min(_MOST_THREADS, cores // parallel)),
+        threads=max(1, min(_MOST_THREADS, available // parallel)),
     )
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value

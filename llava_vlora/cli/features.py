@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .arguments import chosen_device, cores, not_negative, positive
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,15 +59,15 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         default="float16",
         help="of the tower and the file (default: float16); LLaVA's tower is bfloat16 with --bf16, else float16",
     )
-    parser.add_argument("--batch-size", type=_positive, default=32, help="images (default: 32)")
+    parser.add_argument("--batch-size", type=positive, default=32, help="images (default: 32)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
         "--shard-size", type=parse_size, default="1GB", help="of a file, such as 512MB (1GB)"
     )
     parser.add_argument(
         "--workers",
-        type=_count,
-        default=_cores(),
+        type=not_negative,
+        default=cores(),
         help="processes that read images (default: one a core)",
     )
     parser.add_argument(
@@ -191,7 +192,7 @@ def _extract(
     from ..integration.extraction import Options, extract
 
     workers = min(args.workers, -(-len(todo) // args.batch_size)) if len(todo) > _FEW else 0
-    options = Options(args.image_folder, _device(args.device), args.batch_size, workers)
+    options = Options(args.image_folder, chosen_device(args.device), args.batch_size, workers)
     with progress_bar(console) as progress:
         progress.disable = not console.is_terminal
         task = progress.add_task("images", total=len(todo))
@@ -206,18 +207,6 @@ def _extract(
 
 #: So few images are read before other processes have started.
 _FEW = 64
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    from ..errors import ConfigError
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: PyTorch finds no GPU here; take --device cpu.")
-    return torch.device(
-        "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu",
-    )
 
 
 def _report(
@@ -278,21 +267,3 @@ def _list(lines: Sequence[str]) -> str:
 
 def _images(names: Sequence[str]) -> str:
     return f"{len(names)} image{'' if len(names) == 1 else 's'}"
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value

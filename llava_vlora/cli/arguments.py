@@ -1,0 +1,59 @@
+"""What several verbs ask for on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def positive(text: str) -> int:
+    """A number of at least 1."""
+    return _at_least(1, text)
+
+
+def not_negative(text: str) -> int:
+    """A number of at least 0."""
+    return _at_least(0, text)
+
+
+def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every benchmark takes."""
+    parser.add_argument("--shape", default="tiny", help="tiny, 1b, 7b or 13b (default: tiny)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--rounds", type=int, default=5, help="default: 5")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/bench"), help="folder of the JSON and the plot"
+    )
+
+
+def _at_least(least: int, text: str) -> int:
+    value = int(text)
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text} is not {least} or more")
+    return value
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def chosen_device(name: str) -> torch.device:
+    """The device of ``--device``: the GPU, if there is one, for ``auto``.
+
+    Raises:
+        ConfigError: There is no GPU.
+    """
+    import torch
+
+    from ..errors import ConfigError
+
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ConfigError("--device cuda: PyTorch finds no GPU here; use --device cpu.")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
