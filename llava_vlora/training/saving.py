@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from ..data.sizes import size_text
 from ..errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -225,14 +226,15 @@ class DiskPlan:
         least = (self.checkpoint if self.kept else 0) + self.final + _SPARE_BYTES
         if free < least:
             raise CheckpointError(
-                f"--output_dir {folder} has {_gib(free)} free, but one checkpoint takes about "
-                f"{_gib(self.checkpoint)} and the result {_gib(self.final)}. Free space, or give another folder."
+                f"--output_dir {folder} has {size_text(free)} free, but one checkpoint takes about "
+                f"{size_text(self.checkpoint)} and the result {size_text(self.final)}. Free space, or give another "
+                "folder."
             )
         whole = self.checkpoint * self.kept + self.final
         if free < whole:
             return (
-                f"{folder} has {_gib(free)} free; {self.kept} checkpoints of about {_gib(self.checkpoint)} and the "
-                f"result take {_gib(whole)}. Give --save_total_limit or a larger --save_steps."
+                f"{folder} has {size_text(free)} free; {self.kept} checkpoints of about {size_text(self.checkpoint)} "
+                f"and the result take {size_text(whole)}. Give --save_total_limit or a larger --save_steps."
             )
         return None
 
@@ -246,12 +248,9 @@ def require_space(folder: Path, count: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < count + _SPARE_BYTES:
         raise CheckpointError(
-            f"{what} takes about {_gib(count)}, but {folder} has {_gib(free)} free. Free space, or give another folder."
+            f"{what} takes about {size_text(count)}, but {folder} has {size_text(free)} free. Free space, or give "
+            "another folder."
         )
-
-
-def _gib(count: int) -> str:
-    return f"{count / (1 << 30):.1f} GiB" if count >= 1 << 30 else f"{count / (1 << 20):.1f} MiB"
 
 
 @contextmanager
@@ -271,6 +270,6 @@ def named_disk_errors(unfinished: Path, folder: Path) -> Iterator[None]:
         last = max(checkpoints(folder), default=None)
         where = f"checkpoint-{last} is whole" if last is not None else "there is no checkpoint yet"
         raise CheckpointError(
-            f"A checkpoint could not be written to {folder} ({_gib(free)} free): {error}. {where}; free space and "
+            f"A checkpoint could not be written to {folder} ({size_text(free)} free): {error}. {where}; free space and "
             "start the same command again."
         ) from error
