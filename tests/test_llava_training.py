@@ -255,6 +255,7 @@ MISTAKES = {
     "bits-full": ["ConfigError", "--bits 4", "--lora_enable True"],
     "bits-zero3": ["ConfigError", "--bits 4", "ZeRO-3", "zero3.json", "ZeRO-2"],
     "nothing-learned": ["DataError", "16 (100.0%)", "record 0 (id '0')", "check-data"],
+    "half-learned": ["DataError", "8 (50.0%)", "record 1 (id '1')", "--max_mismatch 0.05"],
     "no-folder": ["CheckpointError", "--output_dir", "cannot be written to"],
     "corrupt-in-worker": ["ImageError", "0.png", "(id '0')", "finetune.json"],
 }
@@ -281,6 +282,11 @@ def refused(
     good = json.loads((data_dir / "finetune.json").read_text())[:1]
     for name, record in BAD_RECORDS.items():
         files[name].write_text(json.dumps([*good, record]))
+    halves = json.loads((data_dir / "finetune.json").read_text())
+    for record in halves[1::2]:  # the answer stands behind what fits the model
+        record["conversations"][0]["value"] += " a" * 300
+    files["half-learned"] = folder / "half-learned.json"
+    files["half-learned"].write_text(json.dumps(halves))
     other = shutil.copytree(llm_dir, folder / "other-base")
     weights = load_file(other / "model.safetensors")
     weights["model.embed_tokens.weight"] *= 1.05
@@ -321,6 +327,7 @@ def refused(
             "deepspeed": Path(__file__).parents[1] / "scripts" / "zero3.json",
         },
         "nothing-learned": {"model_max_length": 4},
+        "half-learned": {"data_path": files["half-learned"]},
         "no-folder": {"output_dir": files["object"] / "out"},
         "stage-gone": {"pretrain_mm_mlp_adapter": folder / "nowhere" / "mm_projector.bin"},
         "stage-damaged": {"pretrain_mm_mlp_adapter": damaged},
@@ -346,6 +353,9 @@ def refused(
     commands["stage-base-again"] = command(
         "finetune", *place, folder / "same", max_steps=1, bf16=True, pretrain_mm_mlp_adapter=start
     )
+    commands["half-let-through"] = command(
+        "finetune", *place, folder / "half", data_path=files["half-learned"], max_mismatch=0.5
+    )
     return folder, run_modules(commands, folder)
 
 
@@ -370,6 +380,14 @@ def test_the_same_base_in_bfloat16_is_let_through(
 ) -> None:
     done = refused[1]["stage-base-again"]
     assert done.code == 0, done.errors[-3000:]
+
+
+def test_max_mismatch_lets_as_much_through_as_it_says(
+    refused: tuple[Path, Mapping[str, Finished]],
+) -> None:
+    done = refused[1]["half-let-through"]
+    assert done.code == 0, done.errors[-3000:]
+    assert len(done.losses()) == 2
 
 
 def test_public_bug_unreadable_image_became_a_grey_one(
