@@ -57,11 +57,11 @@ class Network:
         read = subprocess.run([*self.inside(host), "cat", *files], capture_output=True, text=True)
         return dict(zip(("received", "sent"), map(int, read.stdout.split()), strict=True))
 
-    def kill(self, host: int) -> None:
+    def kill(self, host: int, by: signal.Signals = signal.SIGKILL) -> None:
         """End every process of this host at once, as a power cut would."""
         found = subprocess.run(["ip", "netns", "pids", self.names[host]], stdout=subprocess.PIPE)
         for pid in found.stdout.split():
-            os.kill(int(pid), signal.SIGKILL)
+            os.kill(int(pid), by)
 
     def remove(self) -> None:
         for host, name in enumerate(self.names):
@@ -130,6 +130,7 @@ class Host:
 
     def __init__(self, command: list[str], settings: dict[str, str], log: Path) -> None:
         self.log = log
+        settings = {**settings, "PYTHONFAULTHANDLER": "1"}  # SIGABRT prints where it was
         with open(f"{log}.out", "w") as output, open(f"{log}.err", "w") as errors:
             self.process = subprocess.Popen(
                 command, env=settings, stdout=output, stderr=errors, start_new_session=True
@@ -146,6 +147,20 @@ class Host:
             os.killpg(self.process.pid, signal.SIGKILL)
             pytest.fail(f"still running after {seconds} s:\n{self.read().errors[-3000:]}")
         return self.read()
+
+
+def both(network: Network, hosts: list[Host], seconds: float = 240) -> list[Finished]:
+    """Wait for both hosts; if they hang, say where."""
+    patience = time.monotonic() + seconds
+    while any(host.process.poll() is None for host in hosts):
+        if time.monotonic() > patience:
+            for host in range(2):
+                network.kill(host, signal.SIGABRT)
+            time.sleep(5)
+            logs = (f"host {i}: {h.read().output}{h.read().errors}" for i, h in enumerate(hosts))
+            pytest.fail(f"still running after {seconds} s:\n" + "\n".join(logs))
+        time.sleep(0.2)
+    return [host.read() for host in hosts]
 
 
 def finetune(out: Path, **more: object) -> list[str]:
@@ -190,8 +205,8 @@ def test_two_hosts_train_as_one_does(
         pytest.importorskip("deepspeed", reason="deepspeed is not installed")
         zero = str(REPO / "scripts" / f"{zero}.json")
     before = [network.transferred(host) for host in range(2)]
-    hosts = [h.wait() for h in start(network, recipe, tmp_path / "out", deepspeed=zero)]
-    for done in hosts:
+    hosts = start(network, recipe, tmp_path / "out", deepspeed=zero)
+    for done in both(network, hosts):
         assert done.code == 0, done.errors[-3000:]
         assert done.losses() == pytest.approx(one_host[0], abs=2e-4 if zero else 0)
     expected, found = (load_file(f / "model.safetensors") for f in (one_host[1], tmp_path / "out"))
@@ -244,6 +259,6 @@ def test_torchrun_finds_the_hosts_itself(
         launch = ["torchrun", *meet.split(), *known, *program]
         own = {**recipe, "GLOO_SOCKET_IFNAME": interface}
         hosts.append(Host([*network.inside(host), *launch], own, tmp_path / f"log-{host}"))
-    for done in [host.wait() for host in hosts]:
+    for done in both(network, hosts):
         assert done.code == 0, done.errors[-3000:]
         assert done.losses() == one_host[0]
