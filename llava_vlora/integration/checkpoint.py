@@ -138,6 +138,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return dict(tensors)
 
 
+def plain_name(name: str) -> str:
+    """A weight's name without the prefix of PEFT, which puts the model below ``base_model.model``."""
+    return name.removeprefix("base_model.model.")
+
+
 def projector_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The entries of the projector under their names inside it."""
     marker = "mm_projector."

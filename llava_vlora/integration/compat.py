@@ -20,7 +20,7 @@ from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from torch import Tensor
 
-from .zero import accumulate_with_partitioned_gradients, round_bucket_size
+from .zero import accumulate_with_partitioned_gradients, load_what_was_saved, round_bucket_size
 
 
 def accept_cache_position() -> bool:
@@ -230,6 +230,7 @@ def apply_training_shims() -> list[str]:
         for shim in (
             round_bucket_size,
             accumulate_with_partitioned_gradients,
+            load_what_was_saved,
             read_to_numbered_cpu,
         )
         if shim()

@@ -19,11 +19,16 @@ _FORMAT = (
 )
 
 
-def name_data_errors(train: ModuleType) -> None:
-    """Make the data set of ``llava.train.train`` say what is wrong with its files; valid data is read as before."""
+def check_data_files(train: ModuleType) -> None:
+    """Make the data set of ``llava.train.train`` say what is wrong with its file; valid data is read as before."""
     dataset = train.LazySupervisedDataset
     dataset.__init__ = _checked(dataset.__init__, train)
-    dataset.__getitem__ = named(dataset.__getitem__)
+
+
+def name_sample_errors(train: ModuleType) -> None:
+    """Make errors of single samples name the record and its file."""
+    dataset = train.LazySupervisedDataset
+    dataset.__getitem__ = _named(dataset.__getitem__)
 
 
 def _checked(stock: Callable[..., None], train: ModuleType) -> Callable[..., None]:
@@ -44,9 +49,7 @@ def _checked(stock: Callable[..., None], train: ModuleType) -> Callable[..., Non
     return __init__
 
 
-def named(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """A data set's ``__getitem__`` whose errors name the record and the file."""
-
+def _named(stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def __getitem__(self: Any, i: int) -> Any:
         try:

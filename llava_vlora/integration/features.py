@@ -22,7 +22,7 @@ from transformers import CLIPImageProcessor
 
 from ..data.features import Features, image_problem
 from ..errors import ConfigError, FeaturesError, ImageError
-from .data_errors import named, place
+from .data_errors import place
 from .extraction import recipe_of
 
 
@@ -46,7 +46,7 @@ def patch_features(train: ModuleType) -> None:
     """Give ``llava.train.train`` the use of ``--vlora_features``; runs without the flag are as before."""
     dataset = train.LazySupervisedDataset
     dataset.__init__ = _with_features(dataset.__init__)
-    dataset.__getitem__ = named(_read_features(dataset.__getitem__, train))
+    dataset.__getitem__ = _read_features(dataset.__getitem__, train)
     LlavaMetaModel.initialize_vision_modules = _checked(LlavaMetaModel.initialize_vision_modules)
 
 

@@ -22,6 +22,7 @@ from .checkpoint import (
     load_checked,
     load_projector,
     locate_vision_tower,
+    plain_name,
     quantised_as,
     read_json,
     read_tensors,
@@ -124,7 +125,7 @@ def _merge_lora(checkpoint: Checkpoint, model: Any) -> Any:
     tensors = read_tensors(checkpoint.path / NON_LORA_FILE)
     load_projector(model.get_model().mm_projector, tensors, checkpoint.path / NON_LORA_FILE)
     rest = {
-        _plain_name(name): tensor for name, tensor in tensors.items() if "mm_projector." not in name
+        plain_name(name): tensor for name, tensor in tensors.items() if "mm_projector." not in name
     }
     unknown = model.load_state_dict(rest, strict=False).unexpected_keys
     if unknown:
@@ -132,11 +133,6 @@ def _merge_lora(checkpoint: Checkpoint, model: Any) -> Any:
             f"{checkpoint.path / NON_LORA_FILE} has weights that the model lacks: {unknown[0]!r}."
         )
     return apply_adapter(model, checkpoint.path)
-
-
-def _plain_name(name: str) -> str:
-    # PEFT puts the model below `base_model.model`.
-    return name.removeprefix("base_model.model.")
 
 
 def _load_text_model(

@@ -22,11 +22,13 @@ from torch import Tensor
 
 from ..errors import CheckpointError, listing
 from ..training.saving import publish_folder, require_space
+from .adapter import adapter_weights
 from .checkpoint import (
     ADAPTER_FILE,
     NON_LORA_FILE,
     Checkpoint,
     inspect_checkpoint,
+    plain_name,
     read_json,
     read_tensors,
 )
@@ -35,7 +37,6 @@ from .weight_files import BaseWeights, local_folder, write_shards
 
 #: Of the base, beside weights and config.json.
 _COMPANIONS = ("token", "special_tokens_map", "added_tokens", "vocab", "merges", "generation_")
-_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 _LORA = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
 _CLASSES = {
     "llava_vlora": "LlavaVLoRALlamaForCausalLM",
@@ -164,11 +165,7 @@ def _scales(stated: Mapping[str, Any], folder: Path) -> Callable[[str], float]:
 
 def _pairs(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """``A [r, in]`` and ``B [out, r]`` by the name of the module that they belong to."""
-    file = next((folder / name for name in _ADAPTERS if (folder / name).is_file()), None)
-    if file is None:
-        raise CheckpointError(
-            f"{folder} lacks its LoRA weights {_ADAPTERS[0]}; copy them from the output folder."
-        )
+    file = adapter_weights(folder)
     try:
         tensors = load_file(file) if file.suffix == ".safetensors" else read_tensors(file)
     except (OSError, SafetensorError) as error:
@@ -191,10 +188,7 @@ def _replacements(checkpoint: Checkpoint) -> dict[str, Tensor]:
     file = checkpoint.path / NON_LORA_FILE
     if not checkpoint.multimodal and not file.is_file():
         return {}
-    tensors = {
-        name.removeprefix("base_model.model."): tensor
-        for name, tensor in read_tensors(file).items()
-    }
+    tensors = {plain_name(name): tensor for name, tensor in read_tensors(file).items()}
     empty = [name for name, tensor in tensors.items() if not tensor.numel()]
     if empty:
         raise CheckpointError(f"{file} is of no use: {empty[0]!r} is empty.")

@@ -104,11 +104,9 @@ class ResumableTrainer(LLaVATrainer):
         kind = "lora" if self._lora else "pretrain" if self._projector_alone else "full"
         bits = getattr(self.model.config, BITS_KEY, None)
         kind += f" of {bits} bits" if bits else ""
-        stage = 0
+        engine = "torch"
         if self.is_deepspeed_enabled:
-            plugin = self.accelerator.state.deepspeed_plugin
-            stage = plugin.zero_stage
-        engine = f"ZeRO-{stage}" if self.is_deepspeed_enabled else "torch"
+            engine = f"ZeRO-{self.accelerator.state.deepspeed_plugin.zero_stage}"
         return saving.Run(kind, engine, self.args.world_size)
 
     @property
@@ -282,35 +280,6 @@ def _numpy_states() -> Iterator[None]:
         yield
 
 
-def load_what_was_saved() -> bool:
-    """Let DeepSpeed continue from a checkpoint without the frozen weights, which transformers up to 4.37 refuses."""
-    import transformers.trainer as trainer
-
-    stock = trainer.deepspeed_load_checkpoint
-    if hasattr(stock, "__wrapped__"):
-        return False
-    strict = "load_module_strict" in inspect.signature(stock).parameters
-
-    @functools.wraps(stock)
-    def deepspeed_load_checkpoint(engine: Any, path: str, **kwargs: Any) -> None:
-        if all(p.requires_grad for p in engine.module.parameters()):
-            stock(engine, path, **kwargs)
-        elif strict:
-            stock(engine, path, load_module_strict=False)
-        else:
-            engine.load_checkpoint = functools.partial(
-                engine.load_checkpoint, load_module_strict=False
-            )
-            try:
-                stock(engine, path)
-            finally:
-                del engine.load_checkpoint
-
-    trainer.deepspeed_load_checkpoint = deepspeed_load_checkpoint
-    return True
-
-
 def patch_trainer(train: Any) -> None:
     """Put the trainer where ``llava.train.train`` looks it up."""
     train.LLaVATrainer = ResumableTrainer
-    load_what_was_saved()

@@ -13,9 +13,8 @@ from llava.model.llava_arch import LlavaMetaModel
 from transformers import PretrainedConfig
 
 from ..errors import CheckpointError, ConfigError, UnsupportedDecoderError
-from .adapter import unify_adapter_dtype
 from .checkpoint import is_vlora
-from .data_errors import name_data_errors
+from .data_errors import check_data_files, name_sample_errors
 from .features import check_features_flag, patch_features
 from .flags import (
     VISION_DTYPES,
@@ -56,12 +55,13 @@ def patch_training(train: ModuleType) -> None:
     train.ModelArguments = ModelArguments  # type: ignore[attr-defined]
     train.DataArguments = DataArguments  # type: ignore[attr-defined]
     train.LlavaLlamaForCausalLM = _ChosenClass(stock_class)  # type: ignore[attr-defined]
-    name_data_errors(train)
+    check_data_files(train)
     let_deepspeed_choose_the_device(train)
     _check_training_arguments(train)
     patch_trainer(train)
     _patch_vision_dtype()
     patch_features(train)
+    name_sample_errors(train)
 
 
 def _check_training_arguments(train: ModuleType) -> None:
@@ -139,7 +139,6 @@ def _patch_vision_dtype() -> None:
             initialize_generator(self, model_args, fsdp)
         stock(self, model_args, fsdp)
         unify_dtype(self)
-        unify_adapter_dtype(self)
         wanted = getattr(model_args, "mm_vision_dtype", None)
         if wanted is not None:
             _hold_dtype(self.get_vision_tower(), VISION_DTYPES[wanted])

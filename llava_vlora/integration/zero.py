@@ -71,6 +71,34 @@ def accumulate_with_partitioned_gradients() -> bool:
     return True
 
 
+def load_what_was_saved() -> bool:
+    """Let DeepSpeed continue from a checkpoint without the frozen weights, which transformers up to 4.37 refuses."""
+    from transformers import trainer
+
+    stock = trainer.deepspeed_load_checkpoint
+    if hasattr(stock, "__wrapped__"):
+        return False
+    strict = "load_module_strict" in inspect.signature(stock).parameters
+
+    @functools.wraps(stock)
+    def deepspeed_load_checkpoint(engine: Any, path: str, **kwargs: Any) -> None:
+        if all(p.requires_grad for p in engine.module.parameters()):
+            stock(engine, path, **kwargs)
+        elif strict:
+            stock(engine, path, load_module_strict=False)
+        else:
+            engine.load_checkpoint = functools.partial(
+                engine.load_checkpoint, load_module_strict=False
+            )
+            try:
+                stock(engine, path)
+            finally:
+                del engine.load_checkpoint
+
+    trainer.deepspeed_load_checkpoint = deepspeed_load_checkpoint
+    return True
+
+
 def join_process_group() -> None:
     """Tell DeepSpeed of the process group that PyTorch has; ZeRO-3 builds models with it.
 
@@ -86,19 +114,25 @@ def join_process_group() -> None:
 
 
 def unify_dtype(model: Any) -> None:
-    """Give the projector or generator the language model's dtype under ZeRO-3, which partitions one dtype alone.
+    """Give what is new in a model the language model's dtype under ZeRO-3, which partitions one dtype alone.
 
-    LLaVA builds the projector in float32 beside a bfloat16 model. ZeRO-2 converts the whole model when it starts,
-    so this is no other precision than there; the optimizer's own copy is float32 in both.
+    LLaVA builds the projector, and PEFT since 0.12 LoRA weights, in float32 beside a bfloat16 model. ZeRO-2 converts
+    the whole model when it starts, so this is no other precision than there; DeepSpeed's optimizer keeps a float32
+    copy in both, so that small steps are not lost.
     """
     if not is_deepspeed_zero3_enabled():
         return
     wanted = model.get_input_embeddings().weight.dtype
-    if any(p.dtype != wanted for p in model.mm_projector.parameters()):
-        print(
-            f"llava_vlora: ZeRO-3 takes one dtype: mm_projector becomes {wanted}.", file=sys.stderr
-        )
-        model.mm_projector.to(wanted)
+    new = {
+        "mm_projector": model.mm_projector.parameters(),
+        "LoRA": (p for name, p in model.named_parameters() if "lora_" in name),
+    }
+    for part, parameters in new.items():
+        other = [p for p in parameters if p.dtype != wanted]
+        for parameter in other:
+            parameter.data = parameter.data.to(wanted)
+        if other:
+            print(f"llava_vlora: ZeRO-3 takes one dtype: {part} becomes {wanted}.", file=sys.stderr)
 
 
 def keep_small_parameters_whole(engine: Any) -> None:
