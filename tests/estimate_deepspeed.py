@@ -1,6 +1,6 @@
 """A real DeepSpeed engine of a tiny model, one step: writes the bytes that its first process holds.
 
-Run below ``torch.distributed.run``: ZERO STAGE KIND OUT.
+Arguments: ZERO STAGE KIND OUT.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def settings(zero: int, width: int) -> dict[str, object]:
     }
 
 
-def main(zero: int, stage: str, kind: str, out: Path) -> None:
+def main() -> None:
+    zero, stage, kind, out = int(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4])
     deepspeed.init_distributed("gloo")
     shape = SHAPES["tiny"]
     steps = TrainBench(
@@ -76,7 +77,3 @@ def main(zero: int, stage: str, kind: str, out: Path) -> None:
     if torch.distributed.get_rank() == 0:
         out.write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4]))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from llava_vlora.integration.api import load
+from llava_vlora.integration.zero import warn_of_abandoned_builds
 from tests.test_llava_generation import pictures, prompt
 from tests.tiny import training_command
-from tests.two_stacks import Finished, run_python
+from tests.two_stacks import Finished, run_processes
 
 pytest.importorskip("deepspeed", reason="deepspeed is not installed")
 pytestmark = pytest.mark.slow
@@ -36,8 +39,7 @@ def train(
     common = {"max_steps": STEPS, "save_steps": STEPS, "per_device_train_batch_size": 1}
     common |= {"mm_vision_dtype": "float32", "group_by_modality_length": None}
     flags = training_command("finetune", llm, tower, data, out, kind, **{**common, **more})
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    done = run_python(*launch, "-m", "llava_vlora.run", "--seed", 3, "llava.train.train", *flags)
+    done = run_processes("--seed", 3, "llava.train.train", *flags)
     assert done.code == 0, done.errors[-3000:]
     return done
 
@@ -76,16 +78,29 @@ def test_losses_and_weights_are_those_without_deepspeed(
     assert changed, "nothing was trained, so equality says nothing"
 
 
+@pytest.mark.parametrize("named", ["TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"])
+def test_a_lock_that_a_killed_run_left_is_named(
+    named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """PyTorch waits for it without end and without a word."""
+    from torch.utils.cpp_extension import _get_build_directory
+
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setenv(named, str(tmp_path))
+    lock = Path(_get_build_directory("cpu_adam", verbose=False)) / "lock"
+    lock.touch()
+    warn_of_abandoned_builds()
+    assert not capsys.readouterr().err  # a build that has just begun
+    os.utime(lock, (time.time() - 600,) * 2)
+    warn_of_abandoned_builds()
+    assert f"{lock} is 10 min old" in capsys.readouterr().err
+
+
 # One order of samples, whatever versions shuffle: update i takes records 2i and 2i + 1.
 _IN_ORDER = """
-import sys
 from torch.utils.data import SequentialSampler
-from llava_vlora import run
-from llava_vlora.integration.registration import register
-register()
 from llava.train.llava_trainer import LLaVATrainer
 LLaVATrainer._get_train_sampler = lambda self, *a: SequentialSampler(self.train_dataset)
-raise SystemExit(run.main(sys.argv[1:]))
 """
 IN_ORDER = {"max_steps": 8, "save_strategy": "no", "mm_vision_dtype": "float32"}
 IN_ORDER |= {"learning_rate": 5e-4, "group_by_modality_length": None}
@@ -107,11 +122,10 @@ def one_process(
     image = [r for r in records if "image" in r]
     mixed = [r for pair in zip(image[:4], text[:4], strict=True) for r in pair]
     (data / "finetune.json").write_text(json.dumps(mixed + text[4:] + image[4:8]))
-    script, out = data.parent / "in_order.py", data.parent / "one"
-    script.write_text(_IN_ORDER)
+    out = data.parent / "one"
     more = {**IN_ORDER, "per_device_train_batch_size": 2}
     flags = training_command("finetune", llm_dir, tower_dir, data, out, "vlora", **more)
-    done = run_python(script, "--seed", 3, "llava.train.train", *flags)
+    done = run_processes("--seed", 3, "llava.train.train", *flags, before=_IN_ORDER, count=1)
     assert done.code == 0, done.errors[-3000:]
     return done.losses(), out, data
 
@@ -129,9 +143,7 @@ def test_two_processes_are_as_good_as_one(
     flags = training_command(
         "finetune", llm_dir, tower_dir, data, tmp_path / "out", "vlora", **more
     )
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    script = data.parent / "in_order.py"
-    done = run_python(*launch, script, "--seed", 3, "llava.train.train", *flags)
+    done = run_processes("--seed", 3, "llava.train.train", *flags, before=_IN_ORDER)
     assert done.code == 0, done.errors[-3000:]
     assert len(losses) == 8
     assert done.losses() == pytest.approx(losses, abs=1e-3)
@@ -186,8 +198,7 @@ def test_stage_1_saves_a_whole_generator(
         deepspeed=SCRIPTS / f"{zero}.json",
         **common,
     )
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    done = run_python(*launch, "-m", "llava_vlora.run", "--seed", 3, "llava.train.train", *flags)
+    done = run_processes("--seed", 3, "llava.train.train", *flags)
     assert done.code == 0, done.errors[-3000:]
     saved = torch.load(out / "mm_projector.bin", weights_only=True)
     assert all(tensor.numel() for tensor in saved.values())

@@ -300,7 +300,7 @@ def test_offload_moves_what_is_shared() -> None:
         assert here.host == there.step == 0
 
 
-DEEPSPEED = Path(__file__).with_name("estimate_deepspeed.py")
+_STEP = "from tests.estimate_deepspeed import main; main()"
 
 
 @pytest.mark.slow
@@ -309,11 +309,10 @@ DEEPSPEED = Path(__file__).with_name("estimate_deepspeed.py")
 def test_partitions_are_deepspeeds(zero: int, stage: str, kind: str, tmp_path: Path) -> None:
     """Bytes of a real engine on two processes, after one step."""
     pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-    from tests.two_stacks import run_python
+    from tests.two_stacks import run_processes
 
     out = tmp_path / "bytes.json"
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    done = run_python(*launch, DEEPSPEED, zero, stage, kind, out)
+    done = run_processes(zero, stage, kind, out, code=_STEP)
     assert done.code == 0, done.errors[-3000:]
     real = json.loads(out.read_text())
     kept = memory(TINY, kind, Plan(stage, zero, gpus=2)).kept

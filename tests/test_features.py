@@ -31,7 +31,7 @@ from llava_vlora.data.sizes import parse_size, size_text
 from llava_vlora.errors import ConfigError, FeaturesError, ImageError
 from tests.test_llava_generation import pictures, prompt
 from tests.tiny import IMAGE_SIZE, make_vlora, trainer, training_command
-from tests.two_stacks import Finished, environment, run_modules, run_python, succeeded
+from tests.two_stacks import Finished, environment, run_modules, run_processes, succeeded
 
 RECORD = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "red"}]
 TEXT = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": "red"}]
@@ -786,10 +786,7 @@ def test_deepspeed_trains_with_features(
             vlora_features=folder,
             **more,
         )
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-        done = run_python(
-            *launch, "-m", "llava_vlora.run", "--seed", 3, "llava.train.train", *flags
-        )
+        done = run_processes("--seed", 3, "llava.train.train", *flags)
         assert done.code == 0, done.errors[-3000:]
         losses.append(done.losses())
     assert len(losses[0]) == 4

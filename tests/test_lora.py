@@ -25,7 +25,7 @@ from llava_vlora.training import saving
 from tests.test_llava_generation import answer, pictures, prompt
 from tests.test_resume import DIE, assert_same
 from tests.tiny import VLORA_FLAGS, make_vlora, training_command
-from tests.two_stacks import RUN, Finished, run_modules, run_python, succeeded
+from tests.two_stacks import RUN, Finished, run_modules, run_processes, succeeded
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt", "ignore:Merge lora module")
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -279,8 +279,7 @@ def test_lora_of_two_processes_saves_whole_tensors(
         flags["bits"] = 4
     out = tmp_path / "out"
     line = training_command("finetune", *place, out, "vlora", **flags)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    done = run_python(*launch, "-m", "llava_vlora.run", "--seed", 3, "llava.train.train", *line)
+    done = run_processes("--seed", 3, "llava.train.train", *line)
     assert done.code == 0, done.errors[-3000:]
     assert len(done.losses()) == 4
     first = projector_state(read_tensors(noise))

@@ -18,7 +18,7 @@ from llava_vlora.integration.api import load
 from llava_vlora.training import saving
 from tests.test_llava_generation import pictures, prompt
 from tests.tiny import training_command
-from tests.two_stacks import Finished, run_modules, run_python
+from tests.two_stacks import Finished, run_modules, run_processes
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 CURRENT = int(transformers.__version__.split(".")[1]) > 37
@@ -242,14 +242,6 @@ def test_a_full_disk_ends_in_one_message_and_leaves_the_last_checkpoint_whole(
 
 # --- several processes -----------------------------------------------------------------------------
 
-_LAUNCHED = """
-import os, sys
-from llava_vlora import run
-from llava_vlora.integration.registration import register
-register()
-exec(os.environ.get("BEFORE", ""))
-raise SystemExit(run.main(sys.argv[1:]))
-"""
 #: Each stack tries other pairs, which takes half the time; all of them were seen on both.
 PAIRS = (
     [("lora", "zero2"), ("full", "zero3")] if CURRENT else [("pretrain", "zero3"), ("lora", None)]
@@ -264,15 +256,12 @@ def test_two_processes_go_on_together(
     """Among them LoRA with ZeRO-2, where LLaVA's empty group of parameters made the scheduler fail."""
     if zero:
         pytest.importorskip("deepspeed", reason="deepspeed is not installed")
-    script = tmp_path / "launched.py"
-    script.write_text(_LAUNCHED)
     more = {"per_device_train_batch_size": 1, "save_steps": 4, "num_train_epochs": 1.5}
     more["deepspeed"] = SCRIPTS / f"{zero}.json" if zero else None
 
     def train(name: str, before: str) -> Finished:
         line = command(kind, llm_dir, tower_dir, data_dir, tmp_path / name, **more)
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-        return run_python(*launch, script, "--seed", 3, *line, BEFORE=before)
+        return run_processes("--seed", 3, *line, before=before)
 
     whole, killed = train("whole", ""), train("broken", DIE.format(step=5))
     assert killed.code != 0
@@ -284,9 +273,8 @@ def test_two_processes_go_on_together(
     assert len(resumed.losses()) > 1
     assert_same(tmp_path / "whole", tmp_path / "broken")
     if zero == "zero2":
-        lone = run_python(
-            script, "--seed", 3, *command(kind, llm_dir, tower_dir, data_dir, tmp_path / "broken")
-        )
+        alone = command(kind, llm_dir, tower_dir, data_dir, tmp_path / "broken")
+        lone = run_processes("--seed", 3, *alone, count=1)
         assert lone.code == 2
         assert "engine ZeRO-2, this run has engine torch" in lone.errors
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,30 +23,11 @@ REPO = Path(__file__).parents[1]
 #: Enough steps for a loss to fall.
 RUN = {"max_steps": 8, "save_steps": 4, "learning_rate": 2e-3}
 
-# Imports take most of a short run's time, so they are done once and each command runs in a fork.
-_FORKS = """
-import json, os, sys, traceback
+#: Runs a module of LLaVA under the launcher, as ``python -m llava_vlora.run`` does.
+LAUNCH = """
+import sys
 from llava_vlora import run
-from llava_vlora.integration.registration import register
-register()
-for arguments, log, before in json.loads(sys.argv[1]):
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        for stream in (1, 2):
-            os.dup2(os.open(f"{log}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-        code = 1
-        try:
-            exec(before)
-            code = run.main(arguments)
-        except SystemExit as end:
-            code = end.code or 0
-        except BaseException:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+raise SystemExit(run.main(sys.argv[1:]))
 """
 
 
@@ -66,7 +49,13 @@ def environment(**more: str) -> dict[str, str]:
     """The environment of a child that imports this checkout and computes the same each time."""
     path = os.pathsep.join(filter(None, (str(REPO), os.environ.get("PYTHONPATH"))))
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
-    return {**os.environ, **quiet, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
+    built = {"TORCH_EXTENSIONS_DIR": extensions()}
+    return {**os.environ, **quiet, **built, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
+
+
+def extensions(python: str | Path = sys.executable) -> str:
+    """Where PyTorch keeps what DeepSpeed compiles: one folder for both stacks would be compiled anew each time."""
+    return str(Path(python).parents[1] / "torch_extensions")
 
 
 def run_python(
@@ -78,8 +67,7 @@ def run_python(
 ) -> Finished:
     """Run the interpreter and wait for it; ``more`` are environment variables."""
     command = [str(python), "-W", "ignore", *map(str, arguments)]
-    # What DeepSpeed compiles belongs to one stack; in one folder for both it would be compiled anew each time.
-    more.setdefault("TORCH_EXTENSIONS_DIR", str(Path(python).parents[1] / "torch_extensions"))
+    more.setdefault("TORCH_EXTENSIONS_DIR", extensions(python))
     done = subprocess.run(
         command,
         input=stdin,
@@ -97,6 +85,31 @@ def run_module(*arguments: object, stdin: str = "", cwd: Path | None = None) -> 
     return run_python("-m", "llava_vlora.run", *arguments, stdin=stdin, cwd=cwd)
 
 
+@functools.cache
+def _forks() -> subprocess.Popen[str]:
+    """The process that forks, one for all tests of a worker; it ends with its input."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "tests.forking"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        cwd=REPO,
+    )
+
+
+def _run_forked(processes: Sequence[Mapping[str, object]]) -> list[Finished]:
+    server = _forks()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write(json.dumps(processes) + "\n")
+    server.stdin.flush()
+    answer = server.stdout.readline()
+    assert answer, "the process that forks has ended"
+    logs = [[Path(f"{p['log']}.{i}").read_text() for i in (1, 2)] for p in processes]
+    return [Finished(code, *log) for code, log in zip(json.loads(answer), logs, strict=True)]
+
+
 def run_modules(
     commands: Mapping[str, Sequence[object]], logs: Path, before: Mapping[str, str] | None = None
 ) -> dict[str, Finished]:
@@ -107,17 +120,64 @@ def run_modules(
         logs: Existing folder for what they print.
         before: Python statements that a process runs first, by the same names.
     """
-    first = before or {}
-    jobs = [
-        ([str(a) for a in command], str(logs / name), first.get(name, ""))
-        for name, command in commands.items()
-    ]
-    forks = run_python("-c", _FORKS, json.dumps(jobs))
-    assert forks.code == 0, forks.errors
     return {
-        name: Finished(int(code), *(Path(f"{log}.{i}").read_text() for i in (1, 2)))
-        for name, code, (_, log, _) in zip(commands, forks.output.split(), jobs, strict=True)
+        name: _run_forked(
+            [
+                {
+                    "code": (before or {}).get(name, "") + LAUNCH,
+                    "arguments": [str(a) for a in command],
+                    "env": {},
+                    "log": str(logs / name),
+                }
+            ]
+        )[0]
+        for name, command in commands.items()
     }
+
+
+def run_processes(
+    *arguments: object, code: str = LAUNCH, before: str = "", count: int = 2
+) -> Finished:
+    """Run processes that train together, as ``torchrun --nproc_per_node 2`` starts them.
+
+    Args:
+        arguments: The launcher's, or those of ``code``.
+        code: Python statements.
+        before: Python statements that each process runs first.
+        count: Number of processes.
+
+    Returns:
+        What all of them printed, the first one's first, and the first exit code that is not 0.
+    """
+    with tempfile.TemporaryDirectory() as logs:
+        ended = _run_forked(
+            [
+                {
+                    "code": before + code,
+                    "arguments": [str(a) for a in arguments],
+                    "env": env,
+                    "log": f"{logs}/{i}",
+                }
+                for i, env in enumerate(_ranks(count))
+            ]
+        )
+    return Finished(
+        next((one.code for one in ended if one.code), 0),
+        "".join(one.output for one in ended),
+        "".join(one.errors for one in ended),
+    )
+
+
+def _ranks(count: int) -> list[dict[str, str]]:
+    """What ``torchrun`` puts into the environment of each process; nothing for a single one."""
+    if count == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    sizes = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    return [{**place, **sizes, "RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
 
 
 def succeeded(finished: Mapping[str, Finished]) -> Mapping[str, Finished]:

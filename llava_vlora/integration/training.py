@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from dataclasses import dataclass
 from types import ModuleType
@@ -30,7 +31,12 @@ from .modeling import LlavaVLoRALlamaForCausalLM, LlavaVLoRAMistralForCausalLM
 from .quantised_training import describe_as_its_base, prepare_options
 from .stages import initialize_generator
 from .trainer import patch_trainer
-from .zero import join_process_group, let_deepspeed_choose_the_device, unify_dtype
+from .zero import (
+    join_process_group,
+    let_deepspeed_choose_the_device,
+    unify_dtype,
+    warn_of_abandoned_builds,
+)
 
 
 def patch_training(train: ModuleType) -> None:
@@ -73,6 +79,8 @@ def _check_training_arguments(train: ModuleType) -> None:
         Request.training = self
         if Request.model is not None:
             check_together(Request.model, self)
+        if self.deepspeed and os.environ.get("LOCAL_RANK", "0") == "0":
+            warn_of_abandoned_builds()
         stock(self)
 
     train.TrainingArguments.__post_init__ = __post_init__

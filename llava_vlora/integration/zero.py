@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 import sys
+import time
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -97,6 +100,29 @@ def load_what_was_saved() -> bool:
 
     trainer.deepspeed_load_checkpoint = deepspeed_load_checkpoint
     return True
+
+
+#: A lock that is older belongs to no process of the run that is starting.
+_STARTING_SECONDS = 20
+
+
+def warn_of_abandoned_builds() -> None:
+    """Name locks in PyTorch's folder of compiled extensions, for which DeepSpeed waits without a word.
+
+    A run that was killed while DeepSpeed compiled leaves one, and no later run would begin.
+    """
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    for lock in sorted([*Path(root).glob("*/lock"), *Path(root).glob("*/*/lock")]):
+        with contextlib.suppress(OSError):  # released meanwhile
+            age = time.time() - lock.stat().st_mtime
+            if age > _STARTING_SECONDS:
+                print(
+                    f"llava_vlora: {lock} is {age / 60:.0f} min old: another run compiles a part of DeepSpeed, or was "
+                    "killed in it. This run waits until the file is gone; delete it if no other run is at work.",
+                    file=sys.stderr,
+                )
 
 
 def join_process_group() -> None:
