@@ -14,6 +14,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 
+from . import ending
 from .errors import ConfigError, VLoRAError
 
 #: Modules whose globals the plugin has changed: they are called instead of executed a second time.
@@ -86,4 +87,5 @@ def _run(module: str, arguments: list[str], seed: int | None) -> None:
 
 
 if __name__ == "__main__":
+    ending.prepare()
     raise SystemExit(main())

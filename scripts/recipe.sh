@@ -4,7 +4,8 @@
 #   MM_PROJECTOR_TYPE  vlora (default) or mlp2x_gelu: the one difference between the two models
 #   LAUNCHER           deepspeed (default), torchrun, or python for one process without either
 #   GPUS               processes on this machine (default: the GPUs that nvidia-smi lists, or 1)
-#   NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several machines with torchrun; under SLURM slurm.sh sets them
+#   NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several machines with torchrun; under SLURM slurm.sh sets them.
+#                      Two runs on one machine need two values of MASTER_PORT with deepspeed (default: 29500)
 #   HOSTFILE           several machines with deepspeed: its list of hosts
 #   PER_DEVICE         samples that a process takes at once; accumulation follows from the global batch
 #   TRAINER            llava.train.train_mem (default, needs flash-attn) or llava.train.train
@@ -59,11 +60,14 @@ train() {
         deepspeed)
             command=(deepspeed)
             if [[ -n ${HOSTFILE:-} ]]; then command+=(--hostfile "$HOSTFILE"); else command+=(--num_gpus "$GPUS"); fi
+            if [[ -n ${MASTER_PORT:-} ]]; then command+=(--master_port "$MASTER_PORT"); fi
             command+=(--module llava_vlora.run "$TRAINER")
             ;;
         torchrun)
             command=(torchrun --nnodes "$NODES" --nproc_per_node "$GPUS")
-            if ((NODES > 1)); then
+            if ((NODES == 1)); then
+                command+=(--standalone) # takes a free port, so that two runs on one machine do not collide
+            else
                 command+=(--node_rank "${NODE_RANK:?number of this machine, from 0}")
                 command+=(--master_addr "${MASTER_ADDR:?name of machine 0}" --master_port "${MASTER_PORT:-29500}")
             fi

@@ -115,6 +115,12 @@ def test_launchers(files: dict[str, str], tmp_path: Path) -> None:
         "--module",
         "llava_vlora.run",
     ]
+    words = command("finetune", MASTER_PORT="29501", **files)
+    assert words[3:7] == ["--master_port", "29501", "--module", "llava_vlora.run"]
+    words = command("finetune", LAUNCHER="torchrun", **files)
+    assert shlex.join(words).startswith(
+        "torchrun --nnodes 1 --nproc_per_node 8 --standalone -m llava_vlora.run llava.train.train_mem "
+    )
     several = {"NODES": "4", "NODE_RANK": "2", "MASTER_ADDR": "node0", "LAUNCHER": "torchrun"}
     words = command("finetune", PER_DEVICE="4", **several, **files)
     assert shlex.join(words).startswith(

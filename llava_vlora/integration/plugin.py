@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
 
+from .. import ending
 from ..errors import VLoRAError
 
 
@@ -23,10 +24,13 @@ def load() -> None:
     if any(name.startswith(beside) and name != __name__ for name in sys.modules):
         return  # register() is about to run, or nobody wants it
 
+    is_main = _llava_is_main()
+    if is_main:
+        ending.prepare()
     from .registration import register
 
     registration = register()
-    if not _llava_is_main():
+    if not is_main:
         return
     from .compat import redirect_cuda
 

@@ -17,6 +17,8 @@ import torch
 from packaging.version import Version
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from .. import ending
+
 
 def let_deepspeed_choose_the_device(train: ModuleType) -> None:
     """Without a GPU, ``--use_cpu`` makes accelerate before 1.0 train without DeepSpeed and not say so."""
@@ -172,6 +174,7 @@ def keep_small_parameters_whole(engine: Any) -> None:
 
 
 def leave_process_group() -> None:
-    """Close the process group: DeepSpeed leaves threads of it running, which abort the process as it ends."""
+    """Close the process group after training; its threads would abort the process as it ends."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        ending.finished()
