@@ -21,6 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from llava_vlora.bench import training_summary as training  # noqa: E402
 from llava_vlora.bench.calls import SYSTEMS  # noqa: E402
 from llava_vlora.bench.summary import groups, mebibytes, precision, ratio, targets  # noqa: E402
 
@@ -28,6 +29,10 @@ RESULTS = ROOT / "docs" / "results"
 IMAGES = ROOT / "docs" / "images"
 DEMO, DEMO_PLOT = RESULTS / "demo-small.json", IMAGES / "demo-accuracy.png"
 BENCH, BENCH_PLOT = RESULTS / "bench-1b-cpu.json", IMAGES / "bench-1b-cpu.png"
+TRAIN, TRAIN_PLOT = (
+    RESULTS / "bench-train-1b-cpu-bfloat16.json",
+    IMAGES / "bench-train-1b-cpu-bfloat16.png",
+)
 #: Further runs, for the table of targets.
 MORE = {name: RESULTS / f"bench-{name}.json" for name in ("1b-cpu-repeat", "7b-cpu-bfloat16")}
 
@@ -148,6 +153,41 @@ def _targets(runs: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
+def training_block(result: dict[str, Any]) -> list[str]:
+    """Samples per second and memory of training, and what became of its targets."""
+    shape, device = result["shape"], result["device"]
+    lines = [
+        f"![Samples per second and peak memory of both stages]({TRAIN_PLOT.relative_to(ROOT)})",
+        "",
+        f"`llava-vlora bench train --shape {shape['name']}`: whole steps of LLaVA's trainer, vision tower included, on "
+        f"random weights in the shape of {shape['what']} and CLIP ViT-L/14-336, {training.setting(result)}, "
+        f"{device['name']} with {device['threads']} threads; median over {result['options']['rounds']} rounds of one "
+        f"run (lowest-highest). [All figures]({TRAIN.relative_to(ROOT)}).",
+        "",
+        "| stage | | samples/s | x LLaVA | tokens | trained | peak MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for stage, cells in training.by_stage(result).items():
+        for system, cell in cells.items():
+            if cell["trained"]:  # a plain language model learns nothing in stage 1
+                speed = "1" if system == "llava" else str(training.speed(cell, cells["llava"]))
+                lines.append(
+                    f"| {training.STAGES[stage].partition(',')[0]} | {training.SYSTEMS[system]} | "
+                    f"{cell['batch'] / median(cell['seconds']):.3g} | {speed} | {cell['tokens']} | "
+                    f"{training.millions(cell['trained'])} | {mebibytes(cell['peak'])} |"
+                )
+    lines += [
+        "",
+        "| target, 1b on a CPU | goal | paper, 7B on 8 GPUs | measured |",
+        "|---|---|---|---|",
+    ]
+    for t in training.targets(result):
+        missed = "" if t.met else " **missed**"
+        lines.append(f"| {t.what} | {t.goal} | {t.paper:.2f} | {t.measured}{missed} |")
+    lines.append("| the same at 7b on a GPU | | | |")
+    return lines
+
+
 def _read(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
@@ -175,6 +215,7 @@ def quantised_block() -> list[str]:
 BLOCKS: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "demo": ("README.md", lambda: demo_block(_read(DEMO))),
     "bench": ("README.md", lambda: bench_block(_read(BENCH))),
+    "training": ("README.md", lambda: training_block(_read(TRAIN))),
     "quantised": ("docs/serving.md", quantised_block),
 }
 
