@@ -9,7 +9,8 @@ if [ "${1:-}" = --fast ]; then
     fast=1
     shift
 fi
-pytest_args=(-q -p no:cacheprovider -n 2)
+# Work stealing gives each worker a block of tests, so that fixtures of a module are made once.
+pytest_args=(-q -p no:cacheprovider -n 2 --dist worksteal --durations=12)
 if [ "$fast" = 1 ]; then pytest_args+=(-m "not slow"); fi
 
 # Two workers on two cores: more threads each would only fight.
