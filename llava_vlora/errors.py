@@ -9,7 +9,8 @@ VLoRAError
 ├── PromptError              a prompt and its images do not go together
 ├── CheckpointError          a checkpoint folder lacks a file or holds the wrong one
 ├── DataError                a data file is not in LLaVA's format
-└── FeaturesError            stored vision features are missing, damaged or of another run's making
+├── FeaturesError            stored vision features are missing, damaged or of another run's making
+└── AnswersError             an answer file is damaged, incomplete or of another model
 """
 
 from __future__ import annotations
@@ -61,6 +62,10 @@ class DataError(VLoRAError, ValueError):
 
 class FeaturesError(VLoRAError, ValueError):
     """Stored vision features are missing, damaged, or made in another way than the run needs."""
+
+
+class AnswersError(VLoRAError, ValueError):
+    """An answer file is damaged, incomplete, or holds answers of another model or to other prompts."""
 
 
 def listing(names: Iterable[object]) -> str:

@@ -14,6 +14,7 @@ from ..errors import VLoRAError
 _VERBS = {
     "doctor": "llava_vlora.cli.doctor",
     "demo": "llava_vlora.cli.demo",
+    "eval": "llava_vlora.cli.evaluate",
     "export": "llava_vlora.cli.export",
     "bench": "llava_vlora.cli.bench",
     "estimate": "llava_vlora.cli.estimate",

@@ -63,14 +63,15 @@ def load_pretrained_model(
         UnsupportedDecoderError: A VLoRA checkpoint whose language model has no separate projections.
     """
     checkpoint = inspect_checkpoint(model_path)
-    if device == "cuda" and not torch.cuda.is_available():
+    if device.startswith("cuda") and not torch.cuda.is_available():
         device = "cpu"
     options = {"low_cpu_mem_usage": True, **kwargs}
     options["device_map"] = device_map if device == "cuda" else {"": device}
+    on_gpu = device.startswith("cuda")
     if load_8bit or load_4bit:
         options["quantization_config"] = _quantization(load_4bit)
     dtype = options.setdefault(
-        "torch_dtype", torch.float16 if device == "cuda" else _cpu_dtype(checkpoint, model_base)
+        "torch_dtype", torch.float16 if on_gpu else _cpu_dtype(checkpoint, model_base)
     )
     if use_flash_attn:
         options["attn_implementation"] = "flash_attention_2"

@@ -1,0 +1,34 @@
+"""Benchmarks that LLaVA's users report: one file each, which reads, asks and scores."""
+
+from __future__ import annotations
+
+import importlib
+
+from ..errors import ConfigError, listing
+from .base import Benchmark
+
+#: Name -> module and class.
+_KNOWN = {
+    "pope": ("pope", "Pope"),
+    "scienceqa": ("scienceqa", "ScienceQA"),
+    "textvqa": ("textvqa", "TextVQA"),
+    "textvqa-no-ocr": ("textvqa", "TextVQAWithoutOCR"),
+}
+
+
+def names() -> list[str]:
+    """All benchmarks."""
+    return list(_KNOWN)
+
+
+def find(name: str) -> Benchmark:
+    """The benchmark of that name.
+
+    Raises:
+        ConfigError: There is none; the message lists the valid names.
+    """
+    if name not in _KNOWN:
+        raise ConfigError(f"There is no benchmark {name!r}; valid: {listing(_KNOWN)}.")
+    module, kind = _KNOWN[name]
+    found: Benchmark = getattr(importlib.import_module(f".{module}", __name__), kind)()
+    return found

@@ -1,0 +1,194 @@
+"""One model on several benchmarks: answers, scores, and the files that say how they came about."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import Progress, TaskID
+from rich.table import Table
+
+from .. import provenance
+from ..benchmarks.base import Benchmark, FilePicture, Sample, Score
+from ..demo.process import progress_bar
+from ..errors import ConfigError, DataError
+from ..integration import api
+from .answer_log import AnswerLog, set_aside
+from .files import write_json
+from .fingerprint import fingerprint, run_key
+from .running import Asking, Place, answer_all
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What to ask whom."""
+
+    model: str
+    base: str | None
+    name: str
+    benchmarks: tuple[Benchmark, ...]
+    data: Path
+    out: Path
+    see: bool = True
+    conv_mode: str = "vicuna_v1"
+    batch_size: int | None = None
+    limit: int | None = None
+    bits: int | None = None
+    device: str = "auto"
+    fresh: bool = False
+
+    def asking(self, benchmark: Benchmark) -> Asking:
+        """How the model is asked."""
+        return Asking(self.conv_mode, benchmark.max_new_tokens, self.see)
+
+    def file(self, benchmark: Benchmark, end: str) -> Path:
+        """A file of this model's results; blind answers have a name of their own."""
+        blind = "" if self.see else ".blind"
+        return self.out / benchmark.name / f"{self.name}{blind}{end}"
+
+
+def evaluate(evaluation: Evaluation, console: Console) -> dict[str, Score]:
+    """Answer and score; every file is read before the model is loaded.
+
+    Raises:
+        VLoRAError: A file is missing or damaged, or an answer file is another model's.
+    """
+    place = _join()
+    asked = {b: b.read(evaluation.data)[: evaluation.limit] for b in evaluation.benchmarks}
+    model = fingerprint(evaluation.model, evaluation.base)
+    keys = {b: _key(evaluation, b, model) for b in asked}
+    opened = {b: partial(_open, evaluation, b, samples, keys[b]) for b, samples in asked.items()}
+    if place.rank == 0:
+        for benchmark, open_log in opened.items():
+            if evaluation.fresh:
+                set_aside(evaluation.file(benchmark, ".jsonl"))
+            log = open_log()  # answers of another model are found before anything is loaded
+            if evaluation.see:
+                _check_images(benchmark, log.todo())
+    place.barrier()
+    loaded = api.load(
+        evaluation.model, evaluation.base, device=_device(evaluation.device), bits=evaluation.bits
+    )
+    scores = {}
+    with progress_bar(console) as progress:
+        progress.disable = place.rank > 0 or not console.is_terminal
+        for benchmark, samples in asked.items():
+            task = progress.add_task(benchmark.name, total=len(samples))
+            log = answer_all(
+                loaded,
+                opened[benchmark],
+                evaluation.asking(benchmark),
+                batch_size=evaluation.batch_size,
+                place=place,
+                progress=partial(_advance, progress, task),
+            )
+            if place.rank == 0:
+                scores[benchmark.name] = benchmark.score(samples, log.answers)
+                _write(evaluation, benchmark, samples, scores[benchmark.name], keys[benchmark])
+    if place.rank == 0:
+        console.print(_table(evaluation, asked, scores))
+    return scores
+
+
+def _advance(progress: Progress, task: TaskID, done: int, total: int) -> None:
+    progress.update(task, completed=done, total=total)
+
+
+def _check_images(benchmark: Benchmark, samples: Sequence[Sample]) -> None:
+    """Refuse to begin where image files are missing; ``DataError``."""
+    pictures = [(s, s.image.path) for s in samples if isinstance(s.image, FilePicture)]
+    missing = [(sample, path) for sample, path in pictures if not path.is_file()]
+    if missing:
+        sample, path = missing[0]
+        raise DataError(
+            f"{len(missing)} of {len(pictures)} images of {benchmark.name} are missing, the first is {path} of "
+            f"question {sample.question_id!r}. Put them there, or correct --data."
+        )
+
+
+def _join() -> Place:
+    place = Place.from_environment()
+    if place.world > 1 and not torch.distributed.is_initialized():
+        # A process that has finished its share waits for the slowest.
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
+    return place
+
+
+def _device(name: str) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: PyTorch finds no GPU here; use --device cpu.")
+    if name == "cpu" or not torch.cuda.is_available():
+        return "cpu"
+    local = os.environ.get("LOCAL_RANK")
+    return "cuda" if local is None else f"cuda:{local}"
+
+
+def _key(evaluation: Evaluation, benchmark: Benchmark, model: str) -> str:
+    settings = asdict(evaluation.asking(benchmark)) | {"bits": evaluation.bits}
+    return run_key(model, settings)
+
+
+def _open(
+    evaluation: Evaluation, benchmark: Benchmark, samples: Sequence[Sample], key: str
+) -> AnswerLog:
+    return AnswerLog(evaluation.file(benchmark, ".jsonl"), evaluation.name, key, samples)
+
+
+def _write(
+    evaluation: Evaluation, benchmark: Benchmark, samples: Sequence[Sample], score: Score, key: str
+) -> None:
+    stated: dict[str, Any] = {
+        "benchmark": benchmark.name,
+        "title": benchmark.title,
+        "citation": benchmark.citation,
+        "model": {"name": evaluation.name, "path": evaluation.model, "base": evaluation.base},
+        "run": key,
+        "asking": asdict(evaluation.asking(benchmark)) | {"bits": evaluation.bits},
+        "questions": len(samples),
+        "limit": evaluation.limit,
+        "metrics": dict(score.metrics),
+        "chance": benchmark.chance(samples),
+        "breakdown": dict(score.breakdown),
+        "notes": list(score.notes),
+        "credit": [[s.id, score.credit[s.id]] for s in samples if s.id in score.credit],
+        "command": shlex.join(sys.argv),
+        "versions": provenance.versions(),
+        "commit": provenance.commit(),
+        "machine": provenance.machine(),
+    }
+    write_json(evaluation.file(benchmark, ".score.json"), stated)
+
+
+def _table(
+    evaluation: Evaluation,
+    asked: Mapping[Benchmark, Sequence[Sample]],
+    scores: Mapping[str, Score],
+) -> Table:
+    title = evaluation.name + ("" if evaluation.see else ", blind")
+    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left")
+    for column in ("benchmark", "questions", "metric", "value", "chance"):
+        table.add_column(
+            column, justify="right" if column in ("questions", "value", "chance") else "left"
+        )
+    for benchmark, samples in asked.items():
+        chance = benchmark.chance(samples)
+        for i, (metric, value) in enumerate(scores[benchmark.name].metrics.items()):
+            first = i == 0
+            table.add_row(
+                benchmark.title if first else "",
+                str(len(samples)) if first else "",
+                metric,
+                f"{value:.1f}",
+                f"{chance:.1f}" if first and chance is not None else "",
+            )
+    return table

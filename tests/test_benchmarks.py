@@ -1,0 +1,325 @@
+"""Benchmarks in their published layout, made small, against scores worked out by hand."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from llava_vlora.benchmarks import find, names
+from llava_vlora.benchmarks.base import EncodedPicture, FilePicture, Sample
+from llava_vlora.benchmarks.pope import says_yes
+from llava_vlora.benchmarks.scienceqa import choice
+from llava_vlora.benchmarks.tables import tab_separated
+from llava_vlora.errors import ConfigError, DataError, ImageError
+
+WORD = "\nAnswer the question using a single word or phrase."
+
+
+def lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make_pope(root: Path) -> None:
+    """Two splits of four and two questions, in turns."""
+    labels: dict[str, list[tuple[str, str]]] = {
+        "random": [("dog", "yes"), ("cat", "no"), ("cup", "yes"), ("bus", "no")],
+        "popular": [("dog", "yes"), ("car", "no")],
+    }
+    questions = []
+    for split, asked in labels.items():
+        rows = []
+        for i, (thing, label) in enumerate(asked):
+            text, image = f"Is there a {thing} in the image?", f"{i}.jpg"
+            rows.append({"question_id": i + 1, "image": image, "text": text, "label": label})
+            questions.append(
+                {
+                    "question_id": len(questions),
+                    "image": image,
+                    "text": text + WORD,
+                    "category": split,
+                }
+            )
+        lines(root / "pope" / "coco" / f"coco_pope_{split}.json", rows)
+    questions.append(questions.pop(1))  # the questions of a split need not stand together
+    questions.insert(1, questions.pop(-1))
+    lines(root / "pope" / "llava_pope_test.jsonl", questions)
+
+
+def make_scienceqa(root: Path) -> None:
+    """Three questions, two with an image."""
+    here = root / "scienceqa"
+    here.mkdir(parents=True)
+    problems = {
+        "4": {"choices": ["a", "b"], "answer": 1, "subject": "natural science"},
+        "7": {"choices": ["a", "b", "c", "d"], "answer": 0, "subject": "natural science"},
+        "9": {"choices": ["a", "b", "c"], "answer": 2, "subject": "language science"},
+    }
+    rows = [
+        {
+            "id": "4",
+            "image": "4/image.png",
+            "conversations": [{"from": "human", "value": "<image>\nWhich?\nA. a\nB. b"}],
+        },
+        {
+            "id": "7",
+            "image": "7/image.png",
+            "conversations": [{"from": "human", "value": "What?\n<image>"}],
+        },
+        {"id": "9", "conversations": [{"from": "human", "value": "Who?"}]},
+    ]
+    (here / "problems.json").write_text(json.dumps(problems | {"1": {}}))
+    (here / "pid_splits.json").write_text(json.dumps({"test": ["4", "7", "9"], "train": ["1"]}))
+    (here / "llava_test_CQM-A.json").write_text(json.dumps(rows))
+
+
+def make_textvqa(root: Path) -> None:
+    """Three questions about two images."""
+    asked = [("x1", "What brand?"), ("x1", "What number?"), ("x2", "What brand?")]
+    answers = [
+        ["nokia"] * 8 + ["Nokia!", "phone"],
+        ["2", "2", "two", "3", "3", "4", "5", "6", "7", "8"],
+        ["a"] * 10,
+    ]
+    data = [
+        {"image_id": i, "question": q, "answers": a}
+        for (i, q), a in zip(asked, answers, strict=True)
+    ]
+    here = root / "textvqa"
+    here.mkdir(parents=True)
+    (here / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": data}))
+    rows = [
+        {"question_id": i, "image": f"{i}.jpg", "text": f"{q}\nReference OCR token: NOKIA, 2{WORD}"}
+        for i, q in asked
+    ]
+    lines(here / "llava_textvqa_val_v051_ocr.jsonl", rows)
+
+
+def answers(samples: list[Sample], *texts: str) -> dict[Any, str]:
+    return {sample.id: text for sample, text in zip(samples, texts, strict=True)}
+
+
+# --- POPE ------------------------------------------------------------------------------------------
+
+
+def test_pope_by_hand(tmp_path: Path) -> None:
+    make_pope(tmp_path)
+    pope = find("pope")
+    samples = pope.read(tmp_path)
+    assert [s.category for s in samples] == ["random"] * 4 + ["popular"] * 2
+    assert samples[0].prompt == "Is there a dog in the image?" + WORD
+    assert samples[0].image == FilePicture(tmp_path / "pope" / "val2014" / "0.jpg")
+    # random: yes/yes, yes/no, no/yes, no/no; popular: yes/yes, no/no
+    score = pope.score(samples, answers(samples, "Yes", "Yes.", "No, it is not", "no", "yes", "No"))
+    assert score.breakdown["random, F1"] == pytest.approx(50)
+    assert score.breakdown["random, accuracy"] == pytest.approx(50)
+    assert score.breakdown["popular, F1"] == pytest.approx(100)
+    assert score.metrics["F1"] == pytest.approx(75)
+    assert score.metrics["yes"] == pytest.approx(50)
+    assert sum(score.credit.values()) == 4
+    never = pope.score(samples, {s.id: "no" for s in samples})
+    assert never.metrics["F1"] == 0  # where LLaVA's scorer divides by zero
+    assert never.metrics["accuracy"] == pytest.approx(50)
+
+
+@pytest.mark.parametrize("texts", [("Yes", "Yes.", "No, it is not", "no", "yes", "No. Yes", "")])
+def test_pope_is_scored_as_by_llava(texts: tuple[str, ...], tmp_path: Path) -> None:
+    make_pope(tmp_path)
+    pope = find("pope")
+    samples = pope.read(tmp_path)
+    given = answers(samples, *texts[: len(samples)])
+    rows = [{"question_id": s.id, "text": given[s.id]} for s in samples]
+    lines(tmp_path / "answers.jsonl", rows)
+    command = [sys.executable, "-m", "llava_vlora.run", "llava.eval.eval_pope"]
+    command += ["--annotation-dir", str(tmp_path / "pope" / "coco")]
+    command += ["--question-file", str(tmp_path / "pope" / "llava_pope_test.jsonl")]
+    command += ["--result-file", str(tmp_path / "answers.jsonl")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = pope.score(samples, given).breakdown
+    for part in printed.split("Category: ")[1:]:
+        split = part.split(",")[0]
+        for name, ours in (("Accuracy", "accuracy"), ("F1 score", "F1"), ("Yes ratio", "yes")):
+            value = re.search(rf"{name}: (\S+)", part)
+            assert value is not None
+            assert found[f"{split}, {ours}"] == pytest.approx(100 * float(value[1]))
+    assert not says_yes("There is no dog")
+    assert says_yes("I know nothing")
+
+
+# --- ScienceQA -------------------------------------------------------------------------------------
+
+
+def test_scienceqa_by_hand(tmp_path: Path) -> None:
+    make_scienceqa(tmp_path)
+    bench = find("scienceqa")
+    samples = bench.read(tmp_path)
+    ask = "Answer with the option's letter from the given choices directly."
+    assert samples[0].prompt == f"Which?\nA. a\nB. b\n{ask}"
+    assert (
+        samples[0].row_prompt == f"<image>\nWhich?\nA. a\nB. b\n{ask}"
+    )  # as in LLaVA's answer files
+    assert samples[1].prompt == f"What?\n{ask}"
+    assert samples[2].image is None
+    assert samples[2].row_prompt == samples[2].prompt
+    score = bench.score(samples, answers(samples, "B", "The answer is B.", "C. c"))
+    assert score.metrics == {"IMG accuracy": pytest.approx(50), "accuracy": pytest.approx(200 / 3)}
+    assert score.breakdown == {"natural science": pytest.approx(50), "language science": 100}
+    assert bench.chance(samples) == pytest.approx(100 * (1 / 2 + 1 / 4) / 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("A", 0),
+        ("B. because", 1),
+        ("The answer is C.", 2),
+        ("", -1),
+        ("AB", -1),
+        ("D", -1),
+        ("E", -1),
+        ("b", -1),
+        ("A.", -1),
+    ],
+)
+def test_choices_are_read_as_by_llava(text: str, expected: int) -> None:
+    assert choice(text, 3) == expected
+
+
+# --- TextVQA ---------------------------------------------------------------------------------------
+
+
+def test_textvqa_by_hand(tmp_path: Path) -> None:
+    make_textvqa(tmp_path)
+    bench = find("textvqa")
+    samples = bench.read(tmp_path)
+    # LLaVA's file has an id for each image.
+    assert [s.question_id for s in samples] == ["x1", "x1", "x2"]
+    assert len({s.id for s in samples}) == 3
+    # "2" is given three times, once as a word: leaving one of the ten out, 3 x 2/3 + 7 x 1 of 10.
+    score = bench.score(samples, answers(samples, "Nokia", "2", "b"))
+    assert [score.credit[s.id] for s in samples] == [pytest.approx(1), pytest.approx(0.9), 0]
+    assert score.metrics["accuracy"] == pytest.approx(100 * 1.9 / 3)
+    plain = find("textvqa-no-ocr").read(tmp_path)
+    assert plain[0].prompt == "What brand?" + WORD
+    assert "NOKIA" in samples[0].prompt
+
+
+# --- mistakes --------------------------------------------------------------------------------------
+
+
+def spoil(path: Path, change: Callable[[str], str]) -> None:
+    text = path.read_text()
+    assert change(text) != text
+    path.write_text(change(text))
+
+
+MISTAKES: dict[str, tuple[str, str, Callable[[str], str], list[str]]] = {
+    "double": (
+        "pope",
+        "pope/llava_pope_test.jsonl",
+        lambda text: text.replace('"question_id": 3', '"question_id": 2'),
+        ["llava_pope_test.jsonl, line 4", "question_id 2", "line 3"],
+    ),
+    "json": (
+        "pope",
+        "pope/coco/coco_pope_random.json",
+        lambda text: text.replace("}", "", 1),
+        ["coco_pope_random.json, line 1", "JSON"],
+    ),
+    "moved": (
+        "pope",
+        "pope/coco/coco_pope_random.json",
+        lambda text: text.replace("cup", "cap"),
+        ["coco_pope_random.json, line 3", "another question", "llava_pope_test.jsonl, line 3"],
+    ),
+    "short": (
+        "pope",
+        "pope/coco/coco_pope_popular.json",
+        lambda text: text.split("\n")[0] + "\n",
+        ["1 labels", "2 questions of popular"],
+    ),
+    "key": (
+        "textvqa",
+        "textvqa/llava_textvqa_val_v051_ocr.jsonl",
+        lambda text: text.replace('"image"', '"picture"', 1),
+        ["llava_textvqa_val_v051_ocr.jsonl, line 1", "'image'"],
+    ),
+    "unknown": (
+        "textvqa",
+        "textvqa/TextVQA_0.5.1_val.json",
+        lambda text: text.replace("What number?", "Which?"),
+        ["llava_textvqa_val_v051_ocr.jsonl, line 2", "no answers"],
+    ),
+    "nine": (
+        "textvqa",
+        "textvqa/TextVQA_0.5.1_val.json",
+        lambda text: text.replace('"phone"', '"phone", "eleven"'),
+        ["line 1", "11 human answers"],
+    ),
+    "split": (
+        "scienceqa",
+        "scienceqa/pid_splits.json",
+        lambda text: text.replace('"9"', '"1"'),
+        ["llava_test_CQM-A.json", "pid_splits.json", "1 and 1"],
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_damaged_files_are_named(mistake: str, tmp_path: Path) -> None:
+    for make in (make_pope, make_scienceqa, make_textvqa):
+        make(tmp_path)
+    name, file, change, parts = MISTAKES[mistake]
+    find(name).read(tmp_path)
+    spoil(tmp_path / file, change)
+    with pytest.raises(DataError) as caught:
+        find(name).read(tmp_path)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("name", names())
+def test_missing_files_are_named(name: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"is missing.*eval prepare"):
+        find(name).read(tmp_path)
+
+
+def test_unknown_benchmark_lists_the_valid() -> None:
+    with pytest.raises(ConfigError, match=r"'pop'.*'pope'.*'textvqa'"):
+        find("pop")
+
+
+# --- tables with images ----------------------------------------------------------------------------
+
+
+def encoded() -> str:
+    data = io.BytesIO()
+    Image.new("RGB", (3, 2), (255, 0, 0)).save(data, "PNG")
+    return base64.b64encode(data.getvalue()).decode()
+
+
+def test_tables_hold_cells_of_several_lines_and_images(tmp_path: Path) -> None:
+    file = tmp_path / "t.tsv"
+    file.write_text(f'index\tquestion\timage\n1\t"two\nlines"\t{encoded()}\n2\t\tbroken!\n')
+    rows = tab_separated(file, ("index", "image"), "a table")
+    assert [row["question"] for row in rows] == ["two\nlines", ""]
+    first, second = (EncodedPicture(row["image"], row.place) for row in rows)
+    assert first.open().size == (3, 2)
+    with pytest.raises(ImageError, match=r"t\.tsv, line 4 is not base64"):
+        second.open()
+    cut = EncodedPicture(encoded()[:40], "t.tsv, line 9")
+    with pytest.raises(ImageError, match="line 9 cannot be read as an image"):
+        cut.open()
+    file.write_text("index\timage\n1\ta\tb\n")
+    with pytest.raises(DataError, match="line 2: has another number of cells"):
+        tab_separated(file, ("index",), "a table")
