@@ -105,6 +105,34 @@ def make_textvqa(root: Path) -> None:
     lines(here / "llava_textvqa_val_v051_ocr.jsonl", rows)
 
 
+def make_mme(root: Path) -> None:
+    """Two images of one task, in the older of its two layouts, and one of another."""
+    questions = []
+    for image, rows in {
+        "count/1.jpg": [("Are there two?", "Yes"), ("Are there three?", "No")],
+        "count/2.jpg": [("Is there one?", "Yes"), ("Are there nine?", "No")],
+        "posters/images/a.jpg": [("Is it a film?", "Yes"), ("Is it a book?", "No")],
+    }.items():
+        path = root / "MME" / "MME_Benchmark_release_version" / image
+        file = path.with_suffix(".txt")
+        if "images" in image:
+            file = path.parent.parent / "questions_answers_YN" / "a.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # The release has one space or two before its own request.
+        spaces = " " * (1 + image.startswith("posters"))
+        file.write_text("".join(f"{q}{spaces}Please answer yes or no.\t{a}\n" for q, a in rows))
+        questions += [
+            {
+                "question_id": image,
+                "image": image,
+                "text": q + WORD,
+                "category": image.split("/")[0],
+            }
+            for q, _ in rows
+        ]
+    lines(root / "MME" / "llava_mme.jsonl", questions)
+
+
 def answers(samples: list[Sample], *texts: str) -> dict[Any, str]:
     return {sample.id: text for sample, text in zip(samples, texts, strict=True)}
 
@@ -214,6 +242,28 @@ def test_textvqa_by_hand(tmp_path: Path) -> None:
     assert "NOKIA" in samples[0].prompt
 
 
+# --- MME -------------------------------------------------------------------------------------------
+
+
+def test_mme_by_hand(tmp_path: Path) -> None:
+    make_mme(tmp_path)
+    bench = find("mme")
+    samples = bench.read(tmp_path)
+    assert [s.reference[1] for s in samples] == [True, False] * 3
+    assert samples[0].question_id == samples[1].question_id == "count/1.jpg"
+    # count: 3 of 4 questions, 1 of 2 images; posters: 1 of 2 questions, no image.
+    score = bench.score(samples, answers(samples, "Yes", "No.", "yes, one", "Yes", "Maybe", "no"))
+    assert score.breakdown == {"count": pytest.approx(125), "posters": pytest.approx(50)}
+    assert score.metrics == {
+        "perception": pytest.approx(175),
+        "cognition": 0,
+        "sum": pytest.approx(175),
+    }
+    assert bench.chance(samples) == 150
+    assert "existence" in score.notes[0]
+    assert sum(score.credit.values()) == 4
+
+
 # --- mistakes --------------------------------------------------------------------------------------
 
 
@@ -266,6 +316,18 @@ MISTAKES: dict[str, tuple[str, str, Callable[[str], str], list[str]]] = {
         lambda text: text.replace('"phone"', '"phone", "eleven"'),
         ["line 1", "11 human answers"],
     ),
+    "answer": (
+        "mme",
+        "MME/MME_Benchmark_release_version/count/2.txt",
+        lambda text: text.replace("\tNo", " No"),
+        ["count/2.txt, line 2", "Yes or No"],
+    ),
+    "third": (
+        "mme",
+        "MME/llava_mme.jsonl",
+        lambda text: text[: text.rstrip().rfind("\n") + 1],
+        ["1 questions about posters/images/a.jpg"],
+    ),
     "split": (
         "scienceqa",
         "scienceqa/pid_splits.json",
@@ -277,7 +339,7 @@ MISTAKES: dict[str, tuple[str, str, Callable[[str], str], list[str]]] = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_damaged_files_are_named(mistake: str, tmp_path: Path) -> None:
-    for make in (make_pope, make_scienceqa, make_textvqa):
+    for make in (make_pope, make_scienceqa, make_textvqa, make_mme):
         make(tmp_path)
     name, file, change, parts = MISTAKES[mistake]
     find(name).read(tmp_path)

@@ -9,6 +9,7 @@ from .base import Benchmark
 
 #: Name -> module and class.
 _KNOWN = {
+    "mme": ("mme", "MME"),
     "pope": ("pope", "Pope"),
     "scienceqa": ("scienceqa", "ScienceQA"),
     "textvqa": ("textvqa", "TextVQA"),
