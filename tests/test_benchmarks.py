@@ -17,6 +17,7 @@ from PIL import Image
 
 from llava_vlora.benchmarks import find, names
 from llava_vlora.benchmarks.base import EncodedPicture, FilePicture, Sample
+from llava_vlora.benchmarks.choices import chosen
 from llava_vlora.benchmarks.pope import says_yes
 from llava_vlora.benchmarks.scienceqa import choice
 from llava_vlora.benchmarks.tables import tab_separated
@@ -131,6 +132,24 @@ def make_mme(root: Path) -> None:
             for q, _ in rows
         ]
     lines(root / "MME" / "llava_mme.jsonl", questions)
+
+
+def make_mmbench(root: Path, file: str = "mmbench/mmbench_dev_20230712.tsv") -> None:
+    """Two questions in all orders of their options, one of them with a hint, and one alone."""
+    rows = [["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image"]]
+    for index, options, answer, hint, kind in (
+        (3, ["red", "blue"], "blue", "nan", "colour"),
+        (8, ["one", "two", "three"], "one", "Count.", "number"),
+        (9, ["dog", "cat"], "cat", "", "animal"),
+    ):
+        for i in range(len(options) if index < 9 else 1):
+            turned = options[i:] + options[:i]
+            cells = [*turned, *["nan"] * (4 - len(turned))]
+            image = encoded() if i == 0 else str(index)
+            letter = "ABCD"[turned.index(answer)]
+            rows.append([str(index + i * 10**6), "What is it?", hint, *cells, letter, kind, image])
+    (root / file).parent.mkdir(parents=True, exist_ok=True)
+    (root / file).write_text("".join("\t".join(row) + "\n" for row in rows))
 
 
 def answers(samples: list[Sample], *texts: str) -> dict[Any, str]:
@@ -264,6 +283,66 @@ def test_mme_by_hand(tmp_path: Path) -> None:
     assert sum(score.credit.values()) == 4
 
 
+# --- MMBench ---------------------------------------------------------------------------------------
+
+
+def test_mmbench_by_hand(tmp_path: Path) -> None:
+    make_mmbench(tmp_path)
+    bench = find("mmbench")
+    samples = bench.read(tmp_path)
+    assert [s.id for s in samples] == [3, 1000003, 8, 1000008, 2000008, 9]
+    ask = "Answer with the option's letter from the given choices directly."
+    assert samples[0].prompt == f"What is it?\nA. red\nB. blue\n{ask}"
+    assert samples[2].row_prompt == "Count.\nWhat is it?\nA. one\nB. two\nC. three"
+    assert samples[1].extra == {
+        "round_id": 0,
+        "options": ["blue", "red"],
+        "option_char": ["A", "B"],
+    }
+    assert all(s.image is not None and s.image.open().size == (3, 2) for s in samples)
+    # 3: right in both orders; 8: wrong in one of three; 9: not clear.
+    given = answers(samples, "B", "A. blue", "A", "C", "C", "a cat or a dog")
+    score = bench.score(samples, given)
+    assert score.metrics["circular accuracy"] == pytest.approx(100 / 3)
+    assert score.metrics["accuracy of rows"] == pytest.approx(100 * 4 / 6)
+    assert score.credit == {3: 1, 8: 0, 9: 0}
+    assert score.breakdown == {"colour": 100, "number": 0, "animal": 0}
+    assert "1 answers name no option" in score.notes[0]
+    assert bench.chance(samples) == pytest.approx(100 * (1 / 4 + 1 / 27 + 1 / 2) / 3)
+
+
+@pytest.mark.parametrize("name", ["mmbench-cn", "ccbench"])
+def test_chinese_tables_ask_in_chinese(name: str, tmp_path: Path) -> None:
+    bench = find(name)
+    make_mmbench(tmp_path, f"{bench.folder}/{bench.needs[0].path}")
+    samples = bench.read(tmp_path)
+    assert samples[0].prompt.endswith("请直接回答选项字母。")
+    assert (
+        bench.score(samples, {s.id: s.reference[0] for s in samples}).metrics["circular accuracy"]
+        == 100
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("B", "B"),
+        ("(C)", "C"),
+        ("A.", "A"),
+        ("The answer is B.", "B"),
+        ("It is a red car", "A"),
+        ("A blue thing in there", "B"),
+        ("A or B", None),
+        ("green", None),
+        ("red and blue", None),
+        ("", None),
+        ("D", None),
+    ],
+)
+def test_choices_are_inferred(text: str, expected: str | None) -> None:
+    assert chosen(text, {"A": "red", "B": "blue", "C": "yellow"}) == expected
+
+
 # --- mistakes --------------------------------------------------------------------------------------
 
 
@@ -328,6 +407,18 @@ MISTAKES: dict[str, tuple[str, str, Callable[[str], str], list[str]]] = {
         lambda text: text[: text.rstrip().rfind("\n") + 1],
         ["1 questions about posters/images/a.jpg"],
     ),
+    "option": (
+        "mmbench",
+        "mmbench/mmbench_dev_20230712.tsv",
+        lambda text: text.replace("\tB\tcolour", "\tC\tcolour"),
+        ["mmbench_dev_20230712.tsv, line 2", "'C' is none of ['A', 'B']"],
+    ),
+    "circle": (
+        "mmbench",
+        "mmbench/mmbench_dev_20230712.tsv",
+        lambda text: text.replace("blue\tred", "blue\tgreen"),
+        ["[3, 1000003] have different options"],
+    ),
     "split": (
         "scienceqa",
         "scienceqa/pid_splits.json",
@@ -339,7 +430,7 @@ MISTAKES: dict[str, tuple[str, str, Callable[[str], str], list[str]]] = {
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_damaged_files_are_named(mistake: str, tmp_path: Path) -> None:
-    for make in (make_pope, make_scienceqa, make_textvqa, make_mme):
+    for make in (make_pope, make_scienceqa, make_textvqa, make_mme, make_mmbench):
         make(tmp_path)
     name, file, change, parts = MISTAKES[mistake]
     find(name).read(tmp_path)

@@ -9,6 +9,9 @@ from .base import Benchmark
 
 #: Name -> module and class.
 _KNOWN = {
+    "mmbench": ("mmbench", "MMBench"),
+    "mmbench-cn": ("mmbench", "MMBenchChinese"),
+    "ccbench": ("mmbench", "CCBench"),
     "mme": ("mme", "MME"),
     "pope": ("pope", "Pope"),
     "scienceqa": ("scienceqa", "ScienceQA"),

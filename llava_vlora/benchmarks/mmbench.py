@@ -1,0 +1,155 @@
+"""MMBench and CCBench: one table with images in its cells; a question counts if all orders of its options are right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..errors import DataError
+from .base import Benchmark, EncodedPicture, Id, Need, Sample, Score
+from .choices import chosen
+from .tables import Row, distinct, tab_separated
+
+_LETTERS = "ABCD"
+#: The same question with its options in another order has this much more in its index.
+_CIRCLE = 1_000_000
+#: A cell that is shorter names the row that has the image.
+_NO_IMAGE = 64
+
+
+class MMBench(Benchmark):
+    """The development split in English; its layout and prompt are LLaVA's."""
+
+    name = "mmbench"
+    title = "MMBench dev, English"
+    citation = (
+        "arXiv 2307.06281 (CircularEval); a choice is inferred without asking a language model"
+    )
+    folder = "mmbench"
+    file = "mmbench_dev_20230712.tsv"
+    ask = "Answer with the option's letter from the given choices directly."
+    max_new_tokens = 1024
+    needs: tuple[Need, ...] = (
+        Need(
+            file,
+            "questions, images and answers",
+            f"download.openmmlab.com/mmclassification/datasets/mmbench/{file}",
+            4377,
+        ),
+    )
+
+    def read(self, root: Path) -> list[Sample]:
+        """All rows; those of one question have indices that differ by millions."""
+        path = root / self.folder / self.file
+        keys = ("index", "question", "A", "B", "image")
+        rows = tab_separated(path, keys, self.needs[0].what)
+        distinct(rows, "index")
+        by_index = {row["index"]: row for row in rows}
+        samples = [self._sample(row, by_index) for row in rows]
+        circles = _circles(samples)
+        for circle in circles.values():
+            texts = {frozenset(s.extra["options"]) for s in circle}
+            if len(circle) > 1 and len(texts) > 1:
+                raise DataError(
+                    f"{path}: the rows {[s.id for s in circle]} have different options."
+                )
+        return samples
+
+    def _sample(self, row: Row, rows: Mapping[str, Row]) -> Sample:
+        if not row["index"].isdigit():
+            raise DataError(f"{row.place}: the index {row['index']!r} is no number.")
+        options: dict[str, str] = {}
+        for letter in _LETTERS:
+            text = row.values.get(letter, "")
+            if _none(text):
+                break
+            options[letter] = text
+        answer = row.values.get("answer", "")
+        if answer and answer not in options:
+            raise DataError(f"{row.place}: the answer {answer!r} is none of {list(options)}.")
+        shown = row
+        if len(row["image"]) < _NO_IMAGE and row["image"] in rows:
+            shown = rows[row["image"]]
+        hint = row.values.get("hint", "")
+        parts = [*([] if _none(hint) else [hint]), row["question"]]
+        parts += [f"{letter}. {text}" for letter, text in options.items()]
+        question = "\n".join(parts)
+        return Sample(
+            int(row["index"]),
+            f"{question}\n{self.ask}",
+            EncodedPicture(shown["image"], shown.place),
+            row.values.get("category", ""),
+            (answer, options),
+            written=question,  # LLaVA's answer files leave the request out
+            extra={
+                "round_id": 0,
+                "options": list(options.values()),
+                "option_char": list(options),
+            },
+        )
+
+    def score(self, samples: Sequence[Sample], answers: Mapping[Id, str]) -> Score:
+        """Share of questions that are right in every order, in percent; None of it without answers in the table."""
+        if not all(s.reference[0] for s in samples):
+            return Score({}, notes=("the table has no answers: submit the upload file",))
+        said = {s.id: chosen(answers[s.id], s.reference[1]) for s in samples}
+        right = {s.id: said[s.id] == s.reference[0] for s in samples}
+        circles = _circles(samples)
+        credit: dict[Id, float] = {
+            circle[0].id: float(all(right[s.id] for s in circle)) for circle in circles.values()
+        }
+        groups: dict[str, list[float]] = {}
+        for circle in circles.values():
+            groups.setdefault(circle[0].category, []).append(credit[circle[0].id])
+        name = "circular accuracy" if len(circles) < len(samples) else "accuracy"
+        metrics = {name: 100 * sum(credit.values()) / len(credit)}
+        if len(circles) < len(samples):
+            metrics["accuracy of rows"] = 100 * sum(right.values()) / len(right)
+        unclear = sum(letter is None for letter in said.values())
+        notes = (f"{unclear} answers name no option and count as wrong",) if unclear else ()
+        shares = {n: 100 * sum(g) / len(g) for n, g in groups.items() if n}
+        return Score(metrics, credit, shares, notes)
+
+    def chance(self, samples: Sequence[Sample]) -> float:
+        """A letter drawn at random for each row."""
+        circles = _circles(samples).values()
+        shares = [len(c[0].reference[1]) ** -float(len(c)) for c in circles]
+        return float(100 * sum(shares) / len(shares))
+
+
+class MMBenchChinese(MMBench):
+    """The development split in Chinese, with LLaVA's Chinese request."""
+
+    name = "mmbench-cn"
+    title = "MMBench dev, Chinese"
+    file = "mmbench_dev_cn_20231003.tsv"
+    ask = "请直接回答选项字母。"
+    needs = (
+        Need(
+            file,
+            "questions, images and answers",
+            f"download.openmmlab.com/mmclassification/datasets/mmbench/{file}",
+            4329,
+        ),
+    )
+
+
+class CCBench(MMBenchChinese):
+    """Chinese culture, a table of the same makers; LLaVA has no recipe for it, so MMBench-CN's prompt is used."""
+
+    name = "ccbench"
+    title = "CCBench"
+    folder = "ccbench"
+    file = "CCBench.tsv"
+    needs = (Need(file, "questions, images and answers", "MMBench's site, CCBench.tsv", 2040),)
+
+
+def _none(text: str) -> bool:
+    return text.strip().lower() in ("", "nan", "none")
+
+
+def _circles(samples: Sequence[Sample]) -> dict[int, list[Sample]]:
+    found: dict[int, list[Sample]] = {}
+    for sample in samples:
+        found.setdefault(int(sample.id) % _CIRCLE, []).append(sample)
+    return found
