@@ -343,6 +343,87 @@ def test_choices_are_inferred(text: str, expected: str | None) -> None:
     assert chosen(text, {"A": "red", "B": "blue", "C": "yellow"}) == expected
 
 
+# --- one question file -----------------------------------------------------------------------------
+
+
+def make_questions(file: Path, count: int = 3) -> None:
+    rows = [
+        {"question_id": i, "image": f"{i}.jpg", "text": f"Question {i}?{WORD}"}
+        for i in range(count)
+    ]
+    lines(file, rows)
+
+
+def test_gqa_by_hand(tmp_path: Path) -> None:
+    make_questions(tmp_path / "gqa" / "llava_gqa_testdev_balanced.jsonl")
+    truth = {
+        str(i): {"answer": answer, "types": {"structural": kind}}
+        for i, (answer, kind) in enumerate([("dog", "query"), ("yes", "verify"), ("left", "query")])
+    }
+    file = tmp_path / "gqa" / "data" / "questions1.2" / "testdev_balanced_questions.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(truth))
+    gqa = find("gqa")
+    samples = gqa.read(tmp_path)
+    assert samples[1].image == FilePicture(tmp_path / "gqa" / "data" / "images" / "1.jpg")
+    score = gqa.score(samples, {0: "Dog.", 1: "no", 2: "left side"})
+    assert score.metrics == {"accuracy": pytest.approx(100 / 3)}
+    assert score.breakdown == {"query": 50, "verify": 0}
+    file.write_text(json.dumps({"0": truth["0"]}))
+    with pytest.raises(DataError, match=r"line 2 asks 1, which .* lacks"):
+        gqa.read(tmp_path)
+
+
+def test_seed_by_hand(tmp_path: Path) -> None:
+    make_questions(tmp_path / "seed_bench" / "llava-seed-bench.jsonl")
+    kinds = [("image", 1, "A"), ("image", 1, "B"), ("video", 2, "C")]
+    asked = [
+        {"question_id": str(i), "data_type": d, "question_type_id": t, "answer": a}
+        for i, (d, t, a) in enumerate(kinds)
+    ]
+    truth = {"questions": asked, "question_type": {"Scene": 1, "Action": 2}}
+    (tmp_path / "seed_bench" / "SEED-Bench.json").write_text(json.dumps(truth))
+    seed = find("seed")
+    samples = seed.read(tmp_path)
+    score = seed.score(samples, {0: "A", 1: "B. because", 2: "C"})
+    assert score.metrics == {
+        "accuracy": pytest.approx(200 / 3),
+        "image accuracy": 50,
+        "video accuracy": 100,
+    }
+    assert score.breakdown == {"Scene": 50, "Action": 100}
+    assert seed.chance(samples) == 25
+
+
+def test_upload_files(tmp_path: Path) -> None:
+    """What LLaVA's conversion scripts make of the same answers."""
+    texts = {0: "The Dog.", 1: "two", 2: "It is a cat"}
+    make_questions(tmp_path / "vqav2" / "llava_vqav2_mscoco_test-dev2015.jsonl")
+    make_questions(tmp_path / "vqav2" / "llava_vqav2_mscoco_test2015.jsonl", 4)
+    make_questions(tmp_path / "vizwiz" / "llava_test.jsonl")
+    make_questions(tmp_path / "mm-vet" / "llava-mm-vet.jsonl")
+    expected = {
+        "vqav2": [
+            {"question_id": 0, "answer": "dog"},
+            {"question_id": 1, "answer": "2"},
+            {"question_id": 2, "answer": "it is cat"},
+            {"question_id": 3, "answer": ""},
+        ],
+        "vizwiz": [
+            {"image": "0.jpg", "answer": "dog"},
+            {"image": "1.jpg", "answer": "2"},
+            {"image": "2.jpg", "answer": "it is cat"},
+        ],
+        "mm-vet": {"v1_0": "The Dog.", "v1_1": "two", "v1_2": "It is a cat"},
+    }
+    for name, content in expected.items():
+        bench = find(name)
+        samples = bench.read(tmp_path)
+        (file,) = bench.export(samples, texts, tmp_path / "out" / name, "m")
+        assert json.loads(file.read_text()) == content
+        assert not bench.score(samples, texts).metrics
+
+
 # --- mistakes --------------------------------------------------------------------------------------
 
 

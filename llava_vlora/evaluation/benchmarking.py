@@ -95,6 +95,9 @@ def evaluate(evaluation: Evaluation, console: Console) -> dict[str, Score]:
             if place.rank == 0:
                 scores[benchmark.name] = benchmark.score(samples, log.answers)
                 _write(evaluation, benchmark, samples, scores[benchmark.name], keys[benchmark])
+                answers = evaluation.file(benchmark, ".jsonl")
+                for file in benchmark.export(samples, log.answers, answers.parent, answers.stem):
+                    progress.console.print(f"Written: {file}", soft_wrap=True)
     if place.rank == 0:
         console.print(_table(evaluation, asked, scores))
     return scores
@@ -182,7 +185,10 @@ def _table(
         )
     for benchmark, samples in asked.items():
         chance = benchmark.chance(samples)
-        for i, (metric, value) in enumerate(scores[benchmark.name].metrics.items()):
+        score = scores[benchmark.name]
+        if not score.metrics:
+            table.add_row(benchmark.title, str(len(samples)), " ".join(score.notes))
+        for i, (metric, value) in enumerate(score.metrics.items()):
             first = i == 0
             table.add_row(
                 benchmark.title if first else "",

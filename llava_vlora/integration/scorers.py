@@ -24,3 +24,8 @@ def text_vqa_credit(text: str, answers: Sequence[str]) -> float:
     evaluator = _evaluator()
     scores = evaluator._compute_answer_scores(answers)
     return float(scores.get(evaluator.answer_processor(text), 0.0))
+
+
+def vqa_normalised(text: str) -> str:
+    """An answer as VQA's servers want it: lower case, without articles and punctuation, numbers as digits."""
+    return str(_evaluator().answer_processor(text))
