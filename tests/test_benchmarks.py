@@ -21,6 +21,7 @@ from llava_vlora.benchmarks.choices import chosen
 from llava_vlora.benchmarks.pope import says_yes
 from llava_vlora.benchmarks.scienceqa import choice
 from llava_vlora.benchmarks.tables import tab_separated
+from llava_vlora.cli import main
 from llava_vlora.errors import ConfigError, DataError, ImageError
 
 WORD = "\nAnswer the question using a single word or phrase."
@@ -557,3 +558,47 @@ def test_tables_hold_cells_of_several_lines_and_images(tmp_path: Path) -> None:
     file.write_text("index\timage\n1\ta\tb\n")
     with pytest.raises(DataError, match="line 2: has another number of cells"):
         tab_separated(file, ("index",), "a table")
+
+
+# --- llava-vlora eval prepare ----------------------------------------------------------------------
+
+
+def test_prepare_says_what_is_missing_and_where_to_get_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", "prepare", "pope", "mme", "--data", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert f"MISSING  {tmp_path}/pope/coco: labels" in said
+    assert "github.com/AoiDragon/POPE" in said
+    assert "MISSING" in said.split("MME", 1)[1]
+    assert main(["eval", "prepare", "pop"]) == 2
+    assert "'pope'" in capsys.readouterr().err
+
+
+def test_prepare_counts_and_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_pope(tmp_path)
+    images = tmp_path / "pope" / "val2014"
+    images.mkdir()
+    for i in range(4):
+        Image.new("RGB", (30, 30)).save(images / f"{i}.jpg")
+    command = ["eval", "prepare", "pope", "--data", str(tmp_path), "--workers", "1"]
+    assert main(command) == 1
+    said = capsys.readouterr().out
+    assert "OTHER COUNT" in said
+    assert "llava_pope_test.jsonl: 6 of 8910" in said
+    assert "6 questions: answers can be made, but differ" in said
+    (images / "2.jpg").write_bytes((images / "2.jpg").read_bytes()[:50])
+    assert main(command) == 1
+    assert f"BROKEN  {images}/2.jpg" in capsys.readouterr().out
+    assert main([*command, "--quick"]) == 1
+    assert "BROKEN" not in capsys.readouterr().out
+    spoil(
+        tmp_path / "pope" / "coco" / "coco_pope_random.json", lambda text: text.replace("cup", "c")
+    )
+    assert main(command) == 1
+    assert "DAMAGED" in capsys.readouterr().out
+
+
+def test_what_eval_needs_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "--model", "x"]) == 2
+    assert "--benchmarks" in capsys.readouterr().err

@@ -5,10 +5,25 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+
+class Instead(argparse._SubParsersAction):  # type: ignore[type-arg]
+    """Another command below a verb, with flags of its own, which stand behind its name."""
+
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
+        """Refuse flags before the name; without this they would be read and lost."""
+        for action in parser._actions:
+            if getattr(namespace, action.dest, action.default) != action.default:
+                parser.error(
+                    f"{action.option_strings[0]} stands before {values[0]!r}; put it behind"
+                )
+        super().__call__(parser, namespace, values, option_string)
 
 
 def positive(text: str) -> int:

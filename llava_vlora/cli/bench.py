@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from . import bench_train
-from .arguments import add_bench_arguments, chosen_device
+from .arguments import Instead, add_bench_arguments, chosen_device
 
 if TYPE_CHECKING:
     from ..bench.measure import Options
@@ -16,20 +16,6 @@ All models of a run share one language model and one vision tower with random we
 Every call takes part in every round, and ratios are taken round by round: "0.98 (0.97-0.99)" is the median
 and the spread over the rounds. Times depend on the machine; the ratios are what to quote.
 """
-
-
-class _Instead(argparse._SubParsersAction):  # type: ignore[type-arg]
-    """Another benchmark with flags of its own, which stand behind its name."""
-
-    def __call__(
-        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
-    ) -> None:
-        for action in parser._actions:
-            if getattr(namespace, action.dest, action.default) != action.default:
-                parser.error(
-                    f"{action.option_strings[0]} stands before {values[0]!r}; put it behind"
-                )
-        super().__call__(parser, namespace, values, option_string)
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -67,7 +53,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--types", help="weight types instead of qkvom; without m all of them can be merged"
     )
     others = parser.add_subparsers(
-        dest="what", title="another benchmark", metavar="train", action=_Instead
+        dest="what", title="another benchmark", metavar="train", action=Instead
     )
     bench_train.add_arguments(others)
 

@@ -6,18 +6,24 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import positive
+from .arguments import Instead, cores, positive
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..benchmarks.base import Benchmark
     from ..evaluation.benchmarking import Evaluation
 
 _EPILOG = """\
+  llava-vlora eval prepare pope scienceqa
   llava-vlora eval --model checkpoints/my-vlora --benchmarks pope,scienceqa --out runs/my-vlora
   torchrun --nproc_per_node 8 -m llava_vlora eval --model checkpoints/my-vlora --benchmarks pope
 
 Files lie as LLaVA's docs/Evaluation.md has them, below --data. The same command goes on where an interrupted run
 stopped. Answers are in LLaVA's format, so that LLaVA's own scorers read them.
 """
+_DATA = Path("playground/data/eval")
+_SHOWN = 10
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -31,17 +37,15 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", required=True, help="checkpoint folder")
+    parser.add_argument("--model", help="checkpoint folder")
     parser.add_argument("--model-base", help="language model, for a projector or LoRA weights")
     parser.add_argument("--name", help="of the model in files and tables (default: its folder)")
-    parser.add_argument(
-        "--benchmarks", required=True, help=f"comma-separated; known: {', '.join(names())}"
-    )
+    parser.add_argument("--benchmarks", help=f"comma-separated; known: {', '.join(names())}")
     parser.add_argument(
         "--data",
         type=Path,
-        default=Path("playground/data/eval"),
-        help="LLaVA's folder (default: playground/data/eval)",
+        default=_DATA,
+        help=f"LLaVA's folder (default: {_DATA})",
     )
     parser.add_argument("--out", type=Path, default=Path("runs/eval"), help="default: runs/eval")
     parser.add_argument("--blind", action="store_true", help="do not show the images")
@@ -60,6 +64,16 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         action="store_true",
         help="answer all questions again; answers of another model are kept beside",
     )
+    others = parser.add_subparsers(dest="what", title="before", metavar="prepare", action=Instead)
+    prepare = others.add_parser(
+        "prepare",
+        help="say what of benchmarks is here, what is missing and where to get it",
+        description="Look for the files of benchmarks, count them, and read every image.",
+    )
+    prepare.add_argument("names", nargs="+", metavar="BENCH", help=", ".join(names()))
+    prepare.add_argument("--data", type=Path, default=_DATA, help=f"default: {_DATA}")
+    prepare.add_argument("--quick", action="store_true", help="do not read the images")
+    prepare.add_argument("--workers", type=positive, default=cores(), help="default: one a core")
 
 
 def _batch(text: str) -> int | None:
@@ -67,14 +81,71 @@ def _batch(text: str) -> int | None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answer and score; returns the exit code."""
+    """Answer and score, or look what is there; returns the exit code."""
     from rich.console import Console
 
+    console = Console(highlight=False)
+    if args.what == "prepare":
+        return _prepare(args, console)
+    from ..errors import ConfigError
     from ..evaluation.benchmarking import evaluate
 
-    console = Console(highlight=False)
+    for flag, value in (("--model", args.model), ("--benchmarks", args.benchmarks)):
+        if value is None:
+            raise ConfigError(f"Give {flag}; `llava-vlora eval --help` has an example.")
     evaluate(_evaluation(args), console)
     return 0
+
+
+def _prepare(args: argparse.Namespace, console: Console) -> int:
+    """0 if all that the benchmarks need is here and whole, else 1."""
+    from ..benchmarks import find
+
+    chosen = [find(name) for name in args.names]
+    whole = [_look(benchmark, args, console) for benchmark in chosen]
+    return 0 if all(whole) else 1
+
+
+def _look(benchmark: Benchmark, args: argparse.Namespace, console: Console) -> bool:
+    from ..demo.process import progress_bar
+    from ..errors import DataError
+    from ..evaluation.preparing import broken_images, count_images, look
+
+    def say(text: str, style: str = "") -> None:
+        console.print(text, style=style, markup=False, soft_wrap=True)
+
+    say(f"{benchmark.title} ({benchmark.name}; {benchmark.citation})", "bold")
+    found = look(benchmark, args.data)
+    for one in found:
+        expected = f" of {one.need.count}" if one.need.count and not one.complete else ""
+        counted = f": {one.count}{expected}" if one.count is not None else ""
+        if one.here:
+            say(f"  {'here' if one.complete else 'OTHER COUNT'}  {one.path}{counted}")
+        else:
+            say(f"  MISSING  {one.path}: {one.need.what}, from {one.need.source}")
+    if not all(one.here for one in found):
+        return False
+    try:
+        samples = benchmark.read(args.data)
+    except DataError as error:
+        say(f"  DAMAGED  {error}", "bold red")
+        return False
+    problems: list[str] = []
+    if not args.quick:
+        with progress_bar(console) as progress:
+            progress.disable = not console.is_terminal
+            task = progress.add_task("images", total=count_images(samples))
+            problems = broken_images(
+                samples, workers=args.workers, advance=lambda count: progress.advance(task, count)
+            )
+    for problem in problems[:_SHOWN]:
+        say(f"  BROKEN  {problem}")
+    if len(problems) > _SHOWN:
+        say(f"  ... and {len(problems) - _SHOWN} more")
+    complete = all(one.complete for one in found) and not problems
+    verdict = "ready" if complete else "answers can be made, but differ from the published set"
+    say(f"  {len(samples)} questions: {verdict}", "bold green" if complete else "bold red")
+    return complete
 
 
 def _evaluation(args: argparse.Namespace) -> Evaluation:
