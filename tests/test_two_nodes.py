@@ -121,7 +121,6 @@ def recipe(
         PER_DEVICE="1",
         GLOBAL_BATCH="2",
         HF_HUB_OFFLINE="1",
-        PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     )
 
 

@@ -49,7 +49,9 @@ def environment(**more: str) -> dict[str, str]:
     """The environment of a child that imports this checkout and computes the same each time."""
     path = os.pathsep.join(filter(None, (str(REPO), os.environ.get("PYTHONPATH"))))
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
-    built = {"TORCH_EXTENSIONS_DIR": extensions()}
+    # One ninja for all: another version would compile DeepSpeed's parts anew, each time.
+    programs = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    built = {"TORCH_EXTENSIONS_DIR": extensions(), "PATH": programs}
     return {**os.environ, **quiet, **built, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
 
 
