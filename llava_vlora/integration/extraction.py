@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 import json
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from types import SimpleNamespace
+from types import SimpleNamespace, TracebackType
 from typing import Any
 
 import torch
@@ -161,6 +162,18 @@ class _Images(Dataset[Any]):
             return entry, f"{path}: {error or type(error).__name__}"
 
 
+def _leave_quietly(worker: int) -> None:
+    """In a process that reads images: an interrupted parent fetches no more batches, which is no error to print."""
+    stock = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        # multiprocessing's thread that hands batches over reports what it met by this hook.
+        if not isinstance(error, ConnectionError | EOFError):
+            stock(kind, error, trace)
+
+    sys.excepthook = hook
+
+
 def _collate(
     items: list[tuple[Stored, Tensor | str]],
 ) -> tuple[list[Stored], Tensor | None, dict[str, str]]:
@@ -233,6 +246,7 @@ def _batches(data: _Images, options: Options) -> Iterator[Any]:
             options.batch_size,
             num_workers=options.workers,
             collate_fn=_collate,
+            worker_init_fn=_leave_quietly,
             pin_memory=options.device.type == "cuda",
         )
         with interrupts_held():  # Ctrl-C is for this process, which ends the others
