@@ -19,7 +19,6 @@ from llava_vlora.benchmarks import find, names
 from llava_vlora.benchmarks.base import EncodedPicture, FilePicture, Sample
 from llava_vlora.benchmarks.choices import chosen
 from llava_vlora.benchmarks.pope import says_yes
-from llava_vlora.benchmarks.scienceqa import choice
 from llava_vlora.benchmarks.tables import tab_separated
 from llava_vlora.cli import main
 from llava_vlora.errors import ConfigError, DataError, ImageError
@@ -240,7 +239,11 @@ def test_scienceqa_by_hand(tmp_path: Path) -> None:
     ],
 )
 def test_choices_are_read_as_by_llava(text: str, expected: int) -> None:
-    assert choice(text, 3) == expected
+    """By its scorer, which is asked with each of three choices as the right one."""
+    samples = [Sample(i, "", reference=(i, 3)) for i in range(3)]
+    score = find("scienceqa").score(samples, {i: text for i in range(3)})
+    assert score.credit == {i: float(i == expected) for i in range(3)}
+    assert score.metrics["IMG accuracy"] == 0  # no question has an image, where LLaVA fails
 
 
 # --- TextVQA ---------------------------------------------------------------------------------------

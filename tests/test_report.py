@@ -22,7 +22,7 @@ from llava_vlora.evaluation.files import (
     write_json,
     write_text,
 )
-from llava_vlora.evaluation.pope import ScorerError, parse_pope, pope_score
+from llava_vlora.evaluation.pope import ScorerError, parse_pope, score_files
 from llava_vlora.evaluation.scoring import accuracies, comparisons, is_correct
 from llava_vlora.report.build import build_report
 from llava_vlora.report.collect import findings, format_p
@@ -96,36 +96,32 @@ def test_accuracies_and_comparisons_of_a_case_worked_by_hand() -> None:
     assert pair.test.p_value == pytest.approx(2 * 0.5**3)
 
 
-def write_pope(folder: Path, labels: dict[int, str]) -> tuple[Path, Path]:
+def write_pope(folder: Path, labels: dict[int, str]) -> Path:
     annotations = folder / "pope"
     annotations.mkdir()
     rows = [{"question_id": i, "label": label} for i, label in labels.items()]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (annotations / "coco_pope_scene.json").write_text(lines)
-    questions = folder / "pope_questions.jsonl"
-    rows = [{"question_id": i, "category": "scene"} for i in labels]
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return questions, annotations
+    return annotations
 
 
-@pytest.mark.slow
 def test_llavas_pope_scorer_gets_answers_in_order_and_may_divide_by_zero(tmp_path: Path) -> None:
     labels = {4: "yes", 7: "no", 9: "no", 2: "yes"}
-    questions, annotations = write_pope(tmp_path, labels)
+    annotations = write_pope(tmp_path, labels)
     answers = tmp_path / "answers.jsonl"
     given = {2: "Yes, there is.", 3: "red", 4: "no", 7: "No", 9: "yes"}
     asked = [Question(i, "", "", "") for i in given]
     write_answers(answers, asked, list(given.values()), "tiny")
-    score = pope_score(questions, annotations, answers)
+    score = score_files(annotations, answers)
     counts = (score.true_positive, score.false_positive, score.true_negative, score.false_negative)
     assert counts == (1, 1, 1, 1)
     assert (score.accuracy, score.precision, score.recall, score.f1) == (0.5, 0.5, 0.5, 0.5)
     write_answers(answers, asked, ["no"] * 5, "tiny")
-    never_yes = pope_score(questions, annotations, answers)
+    never_yes = score_files(annotations, answers)
     assert (never_yes.accuracy, never_yes.precision, never_yes.yes_ratio) == (0.5, None, 0.0)
     write_answers(answers, asked[1:], ["no"] * 4, "tiny")
     with pytest.raises(DataError, match="1 without an answer"):
-        pope_score(questions, annotations, answers)
+        score_files(annotations, answers)
 
 
 def test_output_that_stops_after_the_counts_still_has_an_accuracy() -> None:

@@ -29,8 +29,9 @@ import torch
 from transformers import AutoTokenizer
 
 from llava_vlora.errors import ConfigError
+from llava_vlora.images import open_image
 from llava_vlora.integration import serving
-from llava_vlora.integration.api import Loaded, load, open_image, pixel_values
+from llava_vlora.integration.api import Loaded, load, pixel_values
 from llava_vlora.integration.causal import VLoRAMetaForCausalLM
 from llava_vlora.integration.serving import AnswerStream, ServedModel
 from llava_vlora.turns import turns

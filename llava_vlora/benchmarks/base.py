@@ -14,9 +14,8 @@ from typing import Any, Protocol
 from PIL import Image
 
 from ..errors import ImageError
-
-#: Of a question, as its file has it.
-Id = int | str
+from ..evaluation.files import Id as Id
+from ..images import open_image
 
 
 class Picture(Protocol):
@@ -43,7 +42,7 @@ class FilePicture:
 
     def open(self) -> Image.Image:
         """Read the file."""
-        return _rgb(self.path, self.name)
+        return open_image(self.path)
 
 
 @dataclass(frozen=True)
@@ -65,16 +64,7 @@ class EncodedPicture:
             data = base64.b64decode(self.text, validate=True)
         except (binascii.Error, ValueError) as error:
             raise ImageError(f"The image in {self.place} is not base64: {error}.") from error
-        return _rgb(io.BytesIO(data), self.place)
-
-
-def _rgb(source: Path | io.BytesIO, name: str) -> Image.Image:
-    try:
-        with Image.open(source) as image:
-            rgb: Image.Image = image.convert("RGB")
-            return rgb
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{name} cannot be read as an image: {error}.") from error
+        return open_image(io.BytesIO(data), self.place)
 
 
 @dataclass(frozen=True)
@@ -167,3 +157,14 @@ class Benchmark(ABC):
     ) -> list[Path]:
         """Write what a server or judge reads; returns the files."""
         return []
+
+
+def percent(samples: Sequence[Sample], credit: Mapping[Id, float]) -> float:
+    """Mean credit in percent, 0 of no questions."""
+    return 100 * sum(credit[s.id] for s in samples) / len(samples) if samples else 0.0
+
+
+def by_category(samples: Sequence[Sample], credit: Mapping[Id, float]) -> dict[str, float]:
+    """Mean credit of each type of question, in percent."""
+    names = dict.fromkeys(s.category for s in samples if s.category)
+    return {n: percent([s for s in samples if s.category == n], credit) for n in names}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from .base import Need
-from .question_files import (
-    ScoredElsewhere,
-)
+from .question_files import ScoredElsewhere
 
 
 class LLaVABench(ScoredElsewhere):

@@ -6,7 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import DataError
-from .base import Benchmark, EncodedPicture, Id, Need, Sample, Score
+from .base import (
+    Benchmark,
+    EncodedPicture,
+    Id,
+    Need,
+    Sample,
+    Score,
+    by_category,
+    percent,
+)
 from .choices import chosen
 from .tables import Row, distinct, tab_separated
 
@@ -98,17 +107,14 @@ class MMBench(Benchmark):
         credit: dict[Id, float] = {
             circle[0].id: float(all(right[s.id] for s in circle)) for circle in circles.values()
         }
-        groups: dict[str, list[float]] = {}
-        for circle in circles.values():
-            groups.setdefault(circle[0].category, []).append(credit[circle[0].id])
+        first = [circle[0] for circle in circles.values()]
         name = "circular accuracy" if len(circles) < len(samples) else "accuracy"
-        metrics = {name: 100 * sum(credit.values()) / len(credit)}
+        metrics = {name: percent(first, credit)}
         if len(circles) < len(samples):
-            metrics["accuracy of rows"] = 100 * sum(right.values()) / len(right)
+            metrics["accuracy of rows"] = percent(samples, right)
         unclear = sum(letter is None for letter in said.values())
         notes = (f"{unclear} answers name no option and count as wrong",) if unclear else ()
-        shares = {n: 100 * sum(g) / len(g) for n, g in groups.items() if n}
-        return Score(metrics, credit, shares, notes)
+        return Score(metrics, credit, by_category(first, credit), notes)
 
     def chance(self, samples: Sequence[Sample]) -> float:
         """A letter drawn at random for each row."""

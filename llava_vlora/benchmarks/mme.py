@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import DataError
-from .base import Benchmark, FilePicture, Id, Need, Sample, Score
+from .base import Benchmark, FilePicture, Id, Need, Sample, Score, by_category
 from .tables import json_lines, require
 
 PERCEPTION = (
@@ -88,6 +88,7 @@ class MME(Benchmark):
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str]) -> Score:
         """Accuracy of questions plus that of images with both right, summed over tasks: up to 2000 and 800."""
         credit = {s.id: float(_said(answers[s.id]) == s.reference[1]) for s in samples}
+        share = by_category(samples, credit)
         tasks: dict[str, float] = {}
         for task in dict.fromkeys(s.category for s in samples):
             asked = [s for s in samples if s.category == task]
@@ -95,7 +96,7 @@ class MME(Benchmark):
             for sample in asked:
                 images.setdefault(sample.reference[0], []).append(credit[sample.id])
             both = sum(all(found) for found in images.values()) / len(images)
-            tasks[task] = 100 * (sum(credit[s.id] for s in asked) / len(asked) + both)
+            tasks[task] = share[task] + 100 * both
         sums = [sum(tasks.get(t, 0.0) for t in group) for group in (PERCEPTION, COGNITION)]
         metrics = {"perception": sums[0], "cognition": sums[1], "sum": sum(sums)}
         absent = [t for t in PERCEPTION + COGNITION if t not in tasks]

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import DataError
+from ..evaluation.pope import PopeScore, ScorerError, pope_score
 from .base import Benchmark, FilePicture, Id, Need, Sample, Score
 from .tables import Row, distinct, json_lines
 
-SPLITS = ("random", "popular", "adversarial")
 _QUESTIONS = "llava_pope_test.jsonl"
 
 
@@ -18,7 +18,7 @@ class Pope(Benchmark):
 
     name = "pope"
     title = "POPE"
-    citation = "arXiv 2305.10355; answers are read as by llava/eval/eval_pope.py"
+    citation = "arXiv 2305.10355; scored by LLaVA's own llava/eval/eval_pope.py"
     folder = "pope"
     needs = (
         Need(_QUESTIONS, "LLaVA's questions", "eval.zip of LLaVA's docs/Evaluation.md", 8910),
@@ -64,32 +64,33 @@ class Pope(Benchmark):
 
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str]) -> Score:
         """F1, accuracy and share of yes by split and their means, in percent."""
+        credit = {s.id: float(says_yes(answers[s.id]) == s.reference) for s in samples}
         found: dict[str, dict[str, float]] = {}
         for split in dict.fromkeys(sample.category for sample in samples):
-            pairs = [(says_yes(answers[s.id]), s.reference) for s in samples if s.category == split]
-            found[split] = _figures(pairs)
+            asked = [s for s in samples if s.category == split]
+            labels = ["yes" if s.reference else "no" for s in asked]
+            score = pope_score(labels, [answers[s.id] for s in asked])
+            if score.true_positive + score.true_negative != sum(credit[s.id] for s in asked):
+                raise ScorerError(f"llava.eval.eval_pope reads answers of {split} in another way.")
+            found[split] = _figures(score)
         names = ("F1", "accuracy", "precision", "recall", "yes")
         metrics = {n: sum(f[n] for f in found.values()) / len(found) for n in names}
-        credit = {s.id: float(says_yes(answers[s.id]) == s.reference) for s in samples}
         by_split = {f"{split}, {n}": f[n] for split, f in found.items() for n in names}
         return Score(metrics, credit, by_split)
 
 
 def says_yes(text: str) -> bool:
-    """POPE's rule, as in LLaVA's scorer: an answer is yes unless its first sentence has a word of denial."""
+    """The scorer's rule for one answer: yes unless its first sentence has a word of denial."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return not {"No", "not", "no"} & set(words)
 
 
-def _figures(pairs: Sequence[tuple[bool, bool]]) -> dict[str, float]:
-    hits = sum(said and true for said, true in pairs)
-    said, true = sum(s for s, _ in pairs), sum(t for _, t in pairs)
-    precision, recall = (100 * hits / n if n else 0.0 for n in (said, true))
-    both = precision + recall
+def _figures(score: PopeScore) -> dict[str, float]:
+    """In percent; what the scorer would divide by zero for is 0."""
     return {
-        "F1": 2 * precision * recall / both if both else 0.0,
-        "accuracy": 100 * sum(s == t for s, t in pairs) / len(pairs),
-        "precision": precision,
-        "recall": recall,
-        "yes": 100 * said / len(pairs),
+        "F1": 100 * (score.f1 or 0),
+        "accuracy": 100 * score.accuracy,
+        "precision": 100 * (score.precision or 0),
+        "recall": 100 * (score.recall or 0),
+        "yes": 100 * score.yes_ratio,
     }

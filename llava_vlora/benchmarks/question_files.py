@@ -57,17 +57,6 @@ class ScoredElsewhere(QuestionFile):
         return Score({}, notes=(self.where,))
 
 
-def percent(samples: Sequence[Sample], credit: Mapping[Id, float]) -> float:
-    """Mean credit in percent."""
-    return 100 * sum(credit[s.id] for s in samples) / len(samples)
-
-
-def by_category(samples: Sequence[Sample], credit: Mapping[Id, float]) -> dict[str, float]:
-    """Mean credit of each type of question, in percent."""
-    names = dict.fromkeys(s.category for s in samples if s.category)
-    return {n: percent([s for s in samples if s.category == n], credit) for n in names}
-
-
 def write_upload(path: Path, value: object) -> Path:
     """Write a file for a server or judge as JSON."""
     write_text(path, json.dumps(value))

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .base import Benchmark, FilePicture, Id, Need, Sample, Score
+from ..evaluation.science_qa import science_qa_credit
+from .base import Benchmark, FilePicture, Id, Need, Sample, Score, by_category, percent
 from .tables import Row, distinct, json_file
 
-OPTIONS = "ABCDE"
 _QUESTIONS = "llava_test_CQM-A.json"
 _ASK = "Answer with the option's letter from the given choices directly."
-_NAMED = re.compile(r"The answer is ([A-Z]).")
 
 
 class ScienceQA(Benchmark):
@@ -22,7 +20,7 @@ class ScienceQA(Benchmark):
 
     name = "scienceqa"
     title = "ScienceQA"
-    citation = "arXiv 2209.09513; answers are read as by llava/eval/eval_science_qa.py"
+    citation = "arXiv 2209.09513; scored by LLaVA's own llava/eval/eval_science_qa.py"
     folder = "scienceqa"
     max_new_tokens = 1024
     needs = (
@@ -70,34 +68,14 @@ class ScienceQA(Benchmark):
 
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str]) -> Score:
         """Accuracy of the questions with an image, and of all, in percent."""
-        credit = {
-            s.id: float(choice(answers[s.id], s.reference[1]) == s.reference[0]) for s in samples
-        }
+        truths = {str(s.id): s.reference for s in samples}
+        found = science_qa_credit(truths, {str(s.id): answers[s.id] for s in samples})
+        credit = {s.id: found[str(s.id)] for s in samples}
         seen = [s for s in samples if s.image is not None]
-        subjects = dict.fromkeys(s.category for s in samples)
-        return Score(
-            {"IMG accuracy": _mean(seen, credit), "accuracy": _mean(samples, credit)},
-            credit,
-            {n: _mean([s for s in samples if s.category == n], credit) for n in subjects if n},
-        )
+        metrics = {"IMG accuracy": percent(seen, credit), "accuracy": percent(samples, credit)}
+        return Score(metrics, credit, by_category(samples, credit))
 
     def chance(self, samples: Sequence[Sample]) -> float:
         """Mean of 1 / choices over the questions with an image."""
         seen = [s for s in samples if s.image is not None]
         return float(100 * sum(1 / s.reference[1] for s in seen) / len(seen)) if seen else 0.0
-
-
-def choice(text: str, choices: int) -> int:
-    """Which option an answer names, -1 for none: LLaVA's rule."""
-    letter = text
-    if text not in OPTIONS or len(text) != 1:
-        named = _NAMED.findall(text)
-        if len(text) >= 3 and text[0] in OPTIONS and text[1:3] == ". ":
-            letter = text[0]
-        else:
-            letter = named[0] if len(named) == 1 else ""
-    return OPTIONS[:choices].find(letter) if letter else -1
-
-
-def _mean(samples: Sequence[Sample], credit: Mapping[Id, float]) -> float:
-    return 100 * sum(credit[s.id] for s in samples) / len(samples) if samples else 0.0

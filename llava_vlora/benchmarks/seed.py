@@ -7,13 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .base import Id, Need, Sample, Score
-from .question_files import (
-    EVAL_ZIP,
-    QuestionFile,
-    by_category,
-    percent,
-)
+from .base import Id, Need, Sample, Score, by_category, percent
+from .question_files import EVAL_ZIP, QuestionFile
 from .tables import Row, json_file
 
 

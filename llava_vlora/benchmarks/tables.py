@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, listing
+from ..errors import DataError
+from ..evaluation.files import read_json, read_lines, require_keys
 
 csv.field_size_limit(1 << 30)  # images in base64 are cells
 
@@ -41,25 +41,13 @@ def require(path: Path, what: str) -> Path:
 
 def json_lines(path: Path, keys: Sequence[str], what: str) -> list[Row]:
     """One JSON object a line."""
-    rows = []
-    text = require(path, what).read_text(encoding="utf-8")
-    for number, line in enumerate(text.splitlines(), start=1):
-        place = f"{path}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            rows.append(_row(json.loads(line), keys, place))
-        except ValueError as error:
-            raise DataError(f"{place}: not valid JSON ({error}).") from error
-    return _some(rows, path)
+    found = read_lines(require(path, what), keys)
+    return _some([Row(values, place) for place, values in found], path)
 
 
 def json_file(path: Path, what: str) -> Any:
     """A whole JSON file."""
-    try:
-        return json.loads(require(path, what).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON ({error}).") from error
+    return read_json(require(path, what))
 
 
 def tab_separated(path: Path, keys: Sequence[str], what: str) -> list[Row]:
@@ -71,15 +59,9 @@ def tab_separated(path: Path, keys: Sequence[str], what: str) -> list[Row]:
             place = f"{path}, line {reader.line_num}"
             if None in values or None in values.values():
                 raise DataError(f"{place}: has another number of cells than the header.")
-            rows.append(_row(values, keys, place))
+            require_keys(values, keys, place)
+            rows.append(Row(values, place))
     return _some(rows, path)
-
-
-def _row(values: object, keys: Sequence[str], place: str) -> Row:
-    missing = [key for key in keys if not isinstance(values, dict) or key not in values]
-    if missing or not isinstance(values, dict):
-        raise DataError(f"{place}: lacks {listing(missing)}.")
-    return Row(values, place)
 
 
 def _some(rows: list[Row], path: Path) -> list[Row]:

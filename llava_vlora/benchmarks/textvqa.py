@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import DataError
-from .base import Benchmark, FilePicture, Id, Need, Sample, Score
+from .base import Benchmark, FilePicture, Id, Need, Sample, Score, percent
 from .tables import Row, json_file, json_lines
-from .vqa_answers import consensus
 
 _ANNOTATIONS = "TextVQA_0.5.1_val.json"
 _OCR = re.compile(r"\nReference OCR token: .*?(?=\n|$)", re.DOTALL)
@@ -68,8 +67,10 @@ class TextVQA(Benchmark):
 
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str]) -> Score:
         """Mean agreement with the ten answers, in percent."""
-        credit = {s.id: consensus(answers[s.id], s.reference) for s in samples}
-        return Score({"accuracy": 100 * sum(credit.values()) / len(credit)}, credit)
+        from ..integration.scorers import text_vqa_credit
+
+        credit = {s.id: text_vqa_credit(answers[s.id], s.reference) for s in samples}
+        return Score({"accuracy": percent(samples, credit)}, credit)
 
 
 class TextVQAWithoutOCR(TextVQA):

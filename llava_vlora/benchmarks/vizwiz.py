@@ -6,11 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .base import Id, Need, Sample
-from .question_files import (
-    EVAL_ZIP,
-    ScoredElsewhere,
-    write_upload,
-)
+from .question_files import EVAL_ZIP, ScoredElsewhere, write_upload
 
 
 class VizWiz(ScoredElsewhere):

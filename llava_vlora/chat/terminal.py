@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import ConfigError, VLoRAError
-from ..integration.api import open_image
+from ..images import open_image
 from .display import COLOURS, WIDE, Columns, Reply, WordWrap, printable, times_table
 from .reading import Reader
 from .session import Session

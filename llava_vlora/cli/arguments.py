@@ -59,7 +59,7 @@ def cores() -> int:
 
 
 def chosen_device(name: str) -> torch.device:
-    """The device of ``--device``: the GPU, if there is one, for ``auto``.
+    """The device of ``--device``: the GPU, if there is one, for ``auto``; each process of ``torchrun`` has its own.
 
     Raises:
         ConfigError: There is no GPU.
@@ -71,4 +71,7 @@ def chosen_device(name: str) -> torch.device:
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise ConfigError("--device cuda: PyTorch finds no GPU here; use --device cpu.")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
+    if not available or name == "cpu":
+        return torch.device("cpu")
+    local = os.environ.get("LOCAL_RANK")
+    return torch.device("cuda") if local is None else torch.device("cuda", int(local))

@@ -66,7 +66,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 def run(args: argparse.Namespace) -> int:
     """Chat; 0 at the end, 2 where a line of a script could not be answered."""
     from ..errors import ConfigError
-    from ..integration.api import load, open_image, stop_text
+    from ..images import open_image
+    from ..integration.api import load, stop_text
 
     if args.beside_base and not args.beside:
         raise ConfigError("--beside-base belongs to a second model; name it with --beside.")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import Instead, cores, positive
+from .arguments import Instead, chosen_device, cores, positive
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -165,6 +165,6 @@ def _evaluation(args: argparse.Namespace) -> Evaluation:
         batch_size=args.batch_size,
         limit=args.limit,
         bits=args.bits,
-        device=args.device,
+        device=str(chosen_device(args.device)),
         fresh=args.fresh,
     )

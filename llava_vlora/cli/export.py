@@ -34,7 +34,8 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from ..exporting import export_adapter
-    from ..integration.api import load, open_image, pixel_values, plain_llm
+    from ..images import open_image
+    from ..integration.api import load, pixel_values, plain_llm
 
     image = open_image(args.image)
     loaded = load(args.model, args.base, device=args.device)

@@ -17,7 +17,7 @@ from rich.console import Console
 from .. import provenance
 from ..errors import ConfigError
 from ..evaluation.files import Question, read_questions, write_json, write_text
-from ..evaluation.pope import pope_score
+from ..evaluation.pope import score_files
 from ..sceneqa import write_dataset
 from . import plan
 from .plan import PROJECTORS, RunFolder, Settings
@@ -123,7 +123,7 @@ class Demo:
 
             def scored(name: str) -> dict[str, object]:
                 files, answers = self.folder.files, self.folder.answers(name)
-                score = pope_score(files.pope_questions, files.pope_annotations, answers)
+                score = score_files(files.pope_annotations, answers)
                 progress.advance(task)
                 return asdict(score)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..benchmarks.base import Id, Sample
 from ..errors import AnswersError, listing
-from .files import write_text
+from .files import answer_row, write_rows
 
 
 def set_aside(path: Path) -> Path | None:
@@ -79,16 +79,8 @@ class AnswerLog:
 
     def row(self, sample: Sample, text: str) -> dict[str, Any]:
         """An answer as LLaVA's evaluators write it."""
-        return {
-            "question_id": sample.question_id,
-            "prompt": sample.row_prompt,
-            "text": text,
-            # LLaVA draws a random id; this one is the same in every run.
-            "answer_id": f"{self.model}-{sample.id}",
-            "model_id": self.model,
-            **sample.extra,
-            "metadata": {"run": self.key},
-        }
+        row = answer_row(sample.question_id, sample.row_prompt, text, self.model, sample.id)
+        return {**row, **sample.extra, "metadata": {"run": self.key}}
 
     def append(self, found: Mapping[Id, str]) -> None:
         """Add answers; they are on the disk when this returns."""
@@ -134,5 +126,4 @@ class AnswerLog:
             raise AnswersError(
                 f"{self.path} lacks {len(missing)} answers, the first to {listing(missing[:1])}; run again."
             )
-        rows = (self.row(s, self.answers[s.id]) for s in self.samples)
-        write_text(self.path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+        write_rows(self.path, (self.row(s, self.answers[s.id]) for s in self.samples))

@@ -10,7 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import DataError, ImageError
-from ..integration.api import Loaded, open_image, pixel_values, prompt_ids
+from ..images import open_image
+from ..integration.api import Loaded, pixel_values, prompt_ids
 from .files import Question
 
 

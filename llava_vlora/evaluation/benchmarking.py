@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from rich.table import Table
 from .. import provenance
 from ..benchmarks.base import Benchmark, FilePicture, Sample, Score
 from ..demo.process import progress_bar
-from ..errors import ConfigError, DataError
+from ..errors import DataError
 from ..integration import api
 from .answer_log import AnswerLog, set_aside
 from .files import write_json
@@ -44,7 +43,7 @@ class Evaluation:
     batch_size: int | None = None
     limit: int | None = None
     bits: int | None = None
-    device: str = "auto"
+    device: str = "cpu"
     fresh: bool = False
 
     def asking(self, benchmark: Benchmark) -> Asking:
@@ -77,7 +76,7 @@ def evaluate(evaluation: Evaluation, console: Console) -> dict[str, Score]:
                 _check_images(benchmark, log.todo())
     place.barrier()
     loaded = api.load(
-        evaluation.model, evaluation.base, device=_device(evaluation.device), bits=evaluation.bits
+        evaluation.model, evaluation.base, device=evaluation.device, bits=evaluation.bits
     )
     scores = {}
     with progress_bar(console) as progress:
@@ -125,15 +124,6 @@ def _join() -> Place:
         # A process that has finished its share waits for the slowest.
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
     return place
-
-
-def _device(name: str) -> str:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: PyTorch finds no GPU here; use --device cpu.")
-    if name == "cpu" or not torch.cuda.is_available():
-        return "cpu"
-    local = os.environ.get("LOCAL_RANK")
-    return "cuda" if local is None else f"cuda:{local}"
 
 
 def _key(evaluation: Evaluation, benchmark: Benchmark, model: str) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, listing
+
+#: Of a question, as its file has it.
+Id = int | str
 
 
 @dataclass(frozen=True)
@@ -36,39 +39,76 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def write_rows(path: Path, rows: Iterable[object]) -> None:
+    """Write one JSON value a line, whole or not at all."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+#: What to do about a missing file that this package writes.
+_REMAKE = "run the step that writes it"
+
+
+def read_json(path: Path, hint: str = _REMAKE) -> Any:
     """Read a JSON file.
+
+    Args:
+        path: The file.
+        hint: What to do if it is missing.
 
     Raises:
         DataError: The file is missing or damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing; run the step that writes it.") from None
+        return json.loads(_text(path, hint))
     except ValueError as error:
-        raise DataError(f"{path} is not valid JSON ({error}); write it again.") from error
+        raise DataError(f"{path} is not valid JSON ({error}).") from error
 
 
-def read_rows(path: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
+def read_rows(path: Path, keys: Sequence[str], hint: str = _REMAKE) -> list[dict[str, Any]]:
     """Read one JSON object a line, each with the given keys.
 
     Raises:
         DataError: The file is missing, a line is not a JSON object, or lacks a key.
     """
-    if not path.is_file():
-        raise DataError(f"{path} is missing; run the step that writes it.")
+    return [row for _, row in read_lines(path, keys, hint)]
+
+
+def read_lines(
+    path: Path, keys: Sequence[str], hint: str = _REMAKE
+) -> list[tuple[str, dict[str, Any]]]:
+    """The same rows with the place of each, ``<file>, line <number>``; empty lines are left out."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_text(path, hint).splitlines(), start=1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise DataError(f"{path}, line {number}: not valid JSON ({error}).") from error
-        missing = [key for key in keys if not isinstance(row, dict) or key not in row]
-        if missing:
-            raise DataError(f"{path}, line {number}: lacks {listing(missing)}.")
-        rows.append(row)
+            raise DataError(f"{place}: not valid JSON ({error}).") from error
+        require_keys(row, keys, place)
+        rows.append((place, row))
     return rows
+
+
+def require_keys(row: object, keys: Sequence[str], place: str) -> None:
+    """Check that a row is an object that has all keys.
+
+    Raises:
+        DataError: It is not; the message names the place.
+    """
+    missing = [key for key in keys if not isinstance(row, dict) or key not in row]
+    if missing or not isinstance(row, dict):
+        raise DataError(f"{place}: lacks {listing(missing)}.")
+
+
+def _text(path: Path, hint: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing; {hint}.") from None
+    except ValueError as error:  # bytes that are no UTF-8
+        raise DataError(f"{path} is not a text file ({error}).") from error
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -84,23 +124,36 @@ def read_questions(path: Path) -> list[Question]:
     return questions
 
 
+def answer_row(
+    question: Id, prompt: str, text: str, model: str, unique: Id | None = None
+) -> dict[str, Any]:
+    """An answer as LLaVA's evaluators write it.
+
+    Args:
+        question: LLaVA's ``question_id``.
+        prompt: What was asked.
+        text: The answer.
+        model: Name of the model.
+        unique: Names the answer; the question by default.
+    """
+    return {
+        "question_id": question,
+        "prompt": prompt,
+        "text": text,
+        # LLaVA draws a random id; this one is the same in every run.
+        "answer_id": f"{model}-{question if unique is None else unique}",
+        "model_id": model,
+        "metadata": {},
+    }
+
+
 def write_answers(
     path: Path, questions: Sequence[Question], texts: Sequence[str], model_id: str
 ) -> None:
     """Write answers as LLaVA's evaluators do, one line for each question, in order."""
-    rows = [
-        {
-            "question_id": question.id,
-            "prompt": question.text,
-            "text": text,
-            # LLaVA draws a random id; this one is the same in every run.
-            "answer_id": f"{model_id}-{question.id}",
-            "model_id": model_id,
-            "metadata": {},
-        }
-        for question, text in zip(questions, texts, strict=True)
-    ]
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    pairs = zip(questions, texts, strict=True)
+    rows = [answer_row(q.id, q.text, text, model_id) for q, text in pairs]
+    write_rows(path, rows)
 
 
 def read_answers(

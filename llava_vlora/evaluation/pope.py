@@ -1,21 +1,19 @@
 """LLaVA's own POPE scorer, run as LLaVA ships it.
 
-It pairs answers and labels by position and divides by zero for a model that never says yes. So the
-answers are checked and put in order first, and that division becomes a result.
+It pairs answers and labels by position and divides by zero for a model that never says yes. So it is
+given pairs, and that division becomes a result.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..errors import VLoRAError
-from .files import read_answers, read_rows
+from .files import read_answers, read_rows, write_rows
 
 _COUNTS = re.compile(r"^TP\tFP\tTN\tFN\t?\n(\d+)\t(\d+)\t(\d+)\t(\d+)$", re.MULTILINE)
 _VALUE = re.compile(r"^(Accuracy|Precision|Recall|F1 score|Yes ratio): (\S+)$", re.MULTILINE)
@@ -40,31 +38,47 @@ class PopeScore:
     yes_ratio: float
 
 
-def pope_score(questions: Path, annotations: Path, answers: Path) -> PopeScore:
-    """Score the answers to the questions of one POPE category.
+def pope_score(labels: Sequence[str], texts: Sequence[str]) -> PopeScore:
+    """Score answers beside their labels.
 
     Args:
-        questions: POPE's question file.
+        labels: ``yes`` or ``no`` for each question.
+        texts: Answers in the same order.
+
+    Raises:
+        ScorerError: The scorer fails for another reason than a model that never says yes.
+    """
+    from ..integration.scorers import run_scorer
+
+    pairs = list(zip(labels, texts, strict=True))
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        write_rows(folder / "labels" / "coco_pope_all.json", [{"label": x} for x, _ in pairs])
+        ids = [{"question_id": i, "category": "all"} for i in range(len(pairs))]
+        write_rows(folder / "questions.jsonl", ids)
+        answers = [{"question_id": i, "text": text} for i, (_, text) in enumerate(pairs)]
+        write_rows(folder / "answers.jsonl", answers)
+        flags = ["--annotation-dir", folder / "labels", "--question-file"]
+        flags += [folder / "questions.jsonl", "--result-file", folder / "answers.jsonl"]
+        done = run_scorer("eval_pope", *flags)
+    if done.returncode and "ZeroDivisionError" not in done.stderr:
+        raise ScorerError(f"llava.eval.eval_pope failed:\n{done.stderr[-2000:]}")
+    return parse_pope(done.stdout)
+
+
+def score_files(annotations: Path, answers: Path) -> PopeScore:
+    """Score an answer file that has at least the answers to the questions of one POPE category, in any order.
+
+    Args:
         annotations: Folder with one ``coco_pope_<category>.json`` of labels.
-        answers: Answer file with at least the answers to these questions, in any order.
+        answers: The answer file.
 
     Raises:
         DataError: A question has no answer.
-        ScorerError: The scorer fails for another reason than a model that never says yes.
     """
     labels = read_rows(next(iter(sorted(annotations.glob("*.json")))), ("question_id", "label"))
     rows = read_answers(answers, [row["question_id"] for row in labels], others=True)
-    with TemporaryDirectory() as folder:
-        ordered = Path(folder) / "answers.jsonl"
-        ordered.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        module = "llava.eval.eval_pope"
-        command = [sys.executable, "-m", "llava_vlora.run", module]
-        command += ["--annotation-dir", str(annotations), "--question-file", str(questions)]
-        command += ["--result-file", str(ordered)]
-        done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode and "ZeroDivisionError" not in done.stderr:
-        raise ScorerError(f"{module} failed on {answers}:\n{done.stderr[-2000:]}")
-    return parse_pope(done.stdout)
+    return pope_score([row["label"] for row in labels], [row["text"] for row in rows])
 
 
 def parse_pope(output: str) -> PopeScore:

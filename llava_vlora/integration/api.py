@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,20 +119,6 @@ def _ids(template: Conversation, turns: Sequence[tuple[str, str | None]], tokeni
         template.append_message(template.roles[1], answer)
     ids: Tensor = tokenizer_image_token(template.get_prompt(), tokenizer, return_tensors="pt")
     return ids
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """Read an image file whole, as RGB.
-
-    Raises:
-        ImageError: The file is missing, damaged or not an image.
-    """
-    try:
-        with Image.open(path) as image:
-            rgb: Image.Image = image.convert("RGB")
-            return rgb
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"{path} cannot be read as an image: {error}.") from error
 
 
 def plain_llm(model: Any) -> Any:
