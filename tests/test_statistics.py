@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from llava_vlora.evaluation.statistics import clustered_difference, mcnemar_exact, wilson_interval
+from llava_vlora.evaluation.statistics import (
+    clustered_difference,
+    detectable_difference,
+    holm,
+    mcnemar_exact,
+    paired_permutation,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize(("successes", "total"), [(0, 5), (5, 5), (1, 3), (37, 120), (999, 1000)])
@@ -61,3 +69,66 @@ def test_clustered_difference_is_repeatable_and_keeps_the_sign() -> None:
     one = clustered_difference(first, second, range(40), seed=3)
     assert one == clustered_difference(first, second, range(40), seed=3)
     assert 0.5 < one.low <= 0.75 <= one.high < 0.95
+
+
+def test_permutation_is_the_sign_test_of_single_questions() -> None:
+    """Where nothing is clustered and credit is 0 or 1, the exact test is McNemar's."""
+    first = [1.0] * 9 + [0.0] * 2 + [1.0] * 5
+    second = [0.0] * 9 + [1.0] * 2 + [1.0] * 5
+    exact = paired_permutation(first, second, range(16), seed=0)
+    assert exact == pytest.approx(scipy_stats.binomtest(2, 11).pvalue)
+    drawn = paired_permutation(first, second, range(16), seed=0, flips=1000)
+    assert drawn == pytest.approx(exact, abs=0.03)
+    assert paired_permutation(first, first, range(16), seed=0) == 1
+    many = paired_permutation([1.0] * 200, [0.0] * 200, range(200), seed=0)
+    assert many == pytest.approx(1 / 10_001)
+
+
+def test_permutation_agrees_with_scipy_on_soft_credit() -> None:
+    first = [0.3, 1.0, 0.6, 0.0, 0.9, 1.0, 0.3, 0.6]
+    second = [0.0, 1.0, 0.3, 0.3, 0.6, 0.0, 0.0, 0.9]
+    theirs = scipy_stats.permutation_test(
+        (first, second),
+        lambda a, b, axis: (a - b).mean(axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+    )
+    assert paired_permutation(first, second, range(8), seed=0) == pytest.approx(theirs.pvalue)
+
+
+def test_permutation_flips_whole_images() -> None:
+    """Ten answers about each of three images are three observations: p cannot be below 2 / 2^3."""
+    first, second = [1.0] * 30, [0.0] * 30
+    assert paired_permutation(first, second, [i // 10 for i in range(30)], seed=0) == 0.25
+
+
+def test_detectable_difference_of_the_textbook() -> None:
+    """(1.96 + 0.84) standard errors of the paired difference; clusters count as single observations."""
+    first, second = [1.0, 0.0] * 50, [0.0, 1.0] * 50
+    expected = (1.959964 + 0.841621) * 1.0 / 10
+    assert detectable_difference(first, second, range(100)) == pytest.approx(expected, rel=1e-6)
+    assert detectable_difference(first, first, range(100)) == 0
+    block = [1.0] * 50 + [0.0] * 50, [0.0] * 50 + [1.0] * 50
+    clustered = detectable_difference(*block, [i // 10 for i in range(100)])
+    assert clustered == pytest.approx(expected * 10**0.5, rel=1e-6)
+
+
+def test_a_detectable_difference_is_detected_as_often_as_it_says() -> None:
+    """Simulated: two models that differ by just that much are told apart in about 80 of 100 runs."""
+    draw = np.random.default_rng(5)
+    # 400 questions, on 30 % of which one model alone is right: 2.8 x sqrt(0.3 / 400), about 0.077.
+    chances, found = [0.15 - 0.0385, 0.7, 0.15 + 0.0385], 0
+    for _ in range(400):
+        gains = draw.choice([-1.0, 0.0, 1.0], size=400, p=chances)
+        first, second = (gains > 0).astype(float).tolist(), (gains < 0).astype(float).tolist()
+        assert detectable_difference(first, second, range(400)) == pytest.approx(0.077, abs=0.012)
+        found += mcnemar_exact([g > 0 for g in gains], [g < 0 for g in gains]).p_value < 0.05
+    assert 0.7 < found / 400 < 0.86  # the exact test is a little more cautious than the formula
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]), ([0.6, 0.7], [1.0, 1.0]), ([], [])],
+)
+def test_holm_by_hand(given: list[float], expected: list[float]) -> None:
+    assert holm(given) == pytest.approx(expected)

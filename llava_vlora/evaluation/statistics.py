@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import random
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+
+import numpy as np
 
 
 @dataclass(frozen=True)
@@ -57,46 +59,139 @@ def mcnemar_exact(first: Sequence[bool], second: Sequence[bool]) -> PairedTest:
         ValueError: The two differ in length.
     """
     pairs = list(zip(first, second, strict=True))
-    only_first = sum(a and not b for a, b in pairs)
-    only_second = sum(b and not a for a, b in pairs)
+    only_first = sum(1 for a, b in pairs if a and not b)
+    only_second = sum(1 for a, b in pairs if b and not a)
     discordant = only_first + only_second
     tail = sum(math.comb(discordant, i) for i in range(min(only_first, only_second) + 1))
     # Integers of any size divide exactly, where 2.0 ** discordant would overflow.
     return PairedTest(only_first, only_second, min(1.0, 2 * tail / 2**discordant))
 
 
-def clustered_difference(
-    first: Sequence[bool],
-    second: Sequence[bool],
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values of several tests, adjusted so that any false one of them has the usual chance (Holm 1979)."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    found, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
+        found[i] = largest
+    return found
+
+
+def clustered_mean(
+    values: Sequence[float],
     clusters: Sequence[Hashable],
     *,
     seed: int,
     resamples: int = 2000,
     confidence: float = 0.95,
 ) -> Interval:
-    """Bootstrap interval (percentile) of ``accuracy(first) - accuracy(second)`` over clusters.
+    """Bootstrap interval (percentile) of a mean over clusters.
 
-    Questions about one image tend to stand or fall together, which McNemar's test ignores;
-    resampling whole images keeps that dependence.
+    Questions about one image tend to stand or fall together, which tests of single questions ignore; resampling
+    whole images keeps that dependence.
 
     Args:
-        first: For each question, whether the first model is right.
-        second: The same for the second model, in the same order.
+        values: One for each question.
         clusters: For each question, what it shares with others, such as its image.
         seed: Seed of the resampling.
         resamples: Number of bootstrap samples.
         confidence: Share of the samples inside the interval.
     """
-    gains: dict[Hashable, tuple[int, int]] = {}
-    for a, b, cluster in zip(first, second, clusters, strict=True):
-        gain, size = gains.get(cluster, (0, 0))
-        gains[cluster] = (gain + int(a) - int(b), size + 1)
-    groups = list(gains.values())
-    draw = random.Random(seed)
-    means = []
-    for _ in range(resamples):
-        sample = draw.choices(groups, k=len(groups))
-        means.append(sum(gain for gain, _ in sample) / sum(size for _, size in sample))
-    means.sort()
-    cut = round((1 - confidence) / 2 * (resamples - 1))
-    return Interval(means[cut], means[-1 - cut])
+    sums, sizes = _by_cluster(values, clusters)
+    draw = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    for i in range(resamples):
+        chosen = draw.integers(len(sums), size=len(sums))
+        means[i] = sums[chosen].sum() / sizes[chosen].sum()
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(low), float(high))
+
+
+def clustered_difference(
+    first: Sequence[float],
+    second: Sequence[float],
+    clusters: Sequence[Hashable],
+    *,
+    seed: int,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+) -> Interval:
+    """The same interval of ``mean(first) - mean(second)`` of two models on the same questions, in the same order."""
+    return clustered_mean(
+        _differences(first, second),
+        clusters,
+        seed=seed,
+        resamples=resamples,
+        confidence=confidence,
+    )
+
+
+def paired_permutation(
+    first: Sequence[float],
+    second: Sequence[float],
+    clusters: Sequence[Hashable],
+    *,
+    seed: int,
+    flips: int = 10_000,
+) -> float:
+    """Two-sided p-value of a permutation test of two models on the same questions.
+
+    If both were equally good, either could have given the answers about an image: the sign of each cluster's
+    difference is drawn at random. All signs are tried where there are at most ``flips`` of them; else the observed
+    one counts among the drawn, so that p is never 0 (Phipson and Smyth 2010).
+
+    Args:
+        first: Credit of the first model for each question.
+        second: That of the second, in the same order.
+        clusters: For each question, what it shares with others, such as its image.
+        seed: Seed of the signs.
+        flips: Number of draws.
+    """
+    sums, _ = _by_cluster(_differences(first, second), clusters)
+    sums = sums[sums != 0]
+    # Sums that are equal but for the order of addition are equal.
+    observed = abs(sums.sum()) - 1e-9
+    if 2 ** min(len(sums), 60) <= flips:
+        signs = np.array(list(itertools.product((-1, 1), repeat=len(sums))))
+        return float((abs(signs @ sums) >= observed).mean())
+    draw = np.random.default_rng(seed)
+    extreme = 0
+    for _ in range(flips):
+        extreme += abs(sums[draw.random(len(sums)) < 0.5].sum() * 2 - sums.sum()) >= observed
+    return float((extreme + 1) / (flips + 1))
+
+
+def detectable_difference(
+    first: Sequence[float],
+    second: Sequence[float],
+    clusters: Sequence[Hashable],
+    *,
+    power: float = 0.8,
+    level: float = 0.05,
+) -> float:
+    """Smallest true difference that a test at ``level`` would find with probability ``power``.
+
+    ``(z_(1 - level/2) + z_power)`` standard errors of the mean difference, which these answers give: it depends on
+    the number of questions and on how often the two models differ. The error allows for clusters (sum over clusters
+    of the squared sums of residuals).
+    """
+    values = _differences(first, second)
+    sums, sizes = _by_cluster(values, clusters)
+    error = np.sqrt(((sums - sizes * np.mean(values)) ** 2).sum()) / len(values)
+    normal = NormalDist()
+    return float((normal.inv_cdf(1 - level / 2) + normal.inv_cdf(power)) * error)
+
+
+def _differences(first: Sequence[float], second: Sequence[float]) -> list[float]:
+    return [float(a) - float(b) for a, b in zip(first, second, strict=True)]
+
+
+def _by_cluster(
+    values: Sequence[float], clusters: Sequence[Hashable]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of the values and their number in each cluster."""
+    places: dict[Hashable, int] = {}
+    index = [places.setdefault(c, len(places)) for c in clusters]
+    if len(index) != len(values) or not index:
+        raise ValueError(f"{len(values)} values, {len(index)} clusters.")
+    return np.bincount(index, weights=values), np.bincount(index)
