@@ -25,6 +25,15 @@ from tests.two_stacks import run_processes, train_all, trained
 _CLI = "import sys\nfrom llava_vlora.cli import main\nraise SystemExit(main(sys.argv[1:]))\n"
 
 
+def paint(root: Path) -> None:
+    """The images of POPE and ScienceQA, in colours that the tiny models were trained to name."""
+    places = [f"pope/val2014/{i}.jpg" for i in range(4)]
+    places += ["scienceqa/images/test/4/image.png", "scienceqa/images/test/7/image.png"]
+    for i, place in enumerate(places):
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (60, 44 + i), list(COLOURS.values())[i % 4]).save(root / place)
+
+
 @pytest.fixture(scope="module")
 def model(llm_dir: Path, tower_dir: Path, data_dir: Path) -> Path:
     """A VLoRA model of LLaVA's trainer."""
@@ -38,11 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("eval")
     for make in (make_pope, make_scienceqa, make_textvqa):
         make(root)
-    places = [f"pope/val2014/{i}.jpg" for i in range(4)]
-    places += ["scienceqa/images/test/4/image.png", "scienceqa/images/test/7/image.png"]
-    for i, place in enumerate(places):
-        (root / place).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (60, 44 + i), list(COLOURS.values())[i % 4]).save(root / place)
+    paint(root)
     return root
 
 

@@ -152,6 +152,10 @@ class Benchmark(ABC):
         """The headline metric of answers drawn at random; None where that has no meaning."""
         return None
 
+    def expected(self, sample: Sample) -> str:
+        """The right answer, for readers."""
+        return sample.reference if isinstance(sample.reference, str) else ""
+
     def export(
         self, samples: Sequence[Sample], answers: Mapping[Id, str], folder: Path, model: str
     ) -> list[Path]:

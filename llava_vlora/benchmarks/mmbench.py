@@ -97,6 +97,10 @@ class MMBench(Benchmark):
             },
         )
 
+    def expected(self, sample: Sample) -> str:
+        """Letter and text of the option."""
+        return f"{sample.reference[0]}. {sample.reference[1].get(sample.reference[0], '')}"
+
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str]) -> Score:
         """Share of questions that are right in every order, in percent; None of it without answers in the table."""
         if not all(s.reference[0] for s in samples):

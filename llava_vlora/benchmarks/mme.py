@@ -85,6 +85,10 @@ class MME(Benchmark):
             )
         return samples
 
+    def expected(self, sample: Sample) -> str:
+        """The right answer."""
+        return "yes" if sample.reference[1] else "no"
+
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str]) -> Score:
         """Accuracy of questions plus that of images with both right, summed over tasks: up to 2000 and 800."""
         credit = {s.id: float(_said(answers[s.id]) == s.reference[1]) for s in samples}

@@ -62,6 +62,10 @@ class Pope(Benchmark):
         """F1 of a coin: half of what it calls yes is right, and it finds half of what is there."""
         return 50.0
 
+    def expected(self, sample: Sample) -> str:
+        """The right answer."""
+        return "yes" if sample.reference else "no"
+
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str]) -> Score:
         """F1, accuracy and share of yes by split and their means, in percent."""
         credit = {s.id: float(says_yes(answers[s.id]) == s.reference) for s in samples}

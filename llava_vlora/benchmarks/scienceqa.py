@@ -66,6 +66,10 @@ class ScienceQA(Benchmark):
             written=f"{slot}{text}\n{_ASK}",
         )
 
+    def expected(self, sample: Sample) -> str:
+        """The right answer."""
+        return "ABCDE"[sample.reference[0]]
+
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str]) -> Score:
         """Accuracy of the questions with an image, and of all, in percent."""
         truths = {str(s.id): s.reference for s in samples}

@@ -44,6 +44,10 @@ class SeedBench(QuestionFile):
             )
         return self._kinds[known["question_type_id"]], (known["answer"], known["data_type"])
 
+    def expected(self, sample: Sample) -> str:
+        """The right answer."""
+        return str(sample.reference[0])
+
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str]) -> Score:
         """Accuracy of all, of images and of videos, in percent."""
         credit = {s.id: float(answers[s.id] == s.reference[0]) for s in samples}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -64,6 +65,10 @@ class TextVQA(Benchmark):
 
     def _prompt(self, text: str) -> str:
         return text
+
+    def expected(self, sample: Sample) -> str:
+        """What most of the ten people said."""
+        return str(Counter(sample.reference).most_common(1)[0][0])
 
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str]) -> Score:
         """Mean agreement with the ten answers, in percent."""

@@ -15,6 +15,8 @@ _VERBS = {
     "doctor": "llava_vlora.cli.doctor",
     "demo": "llava_vlora.cli.demo",
     "eval": "llava_vlora.cli.evaluate",
+    "compare": "llava_vlora.cli.compare",
+    "report": "llava_vlora.cli.report",
     "export": "llava_vlora.cli.export",
     "bench": "llava_vlora.cli.bench",
     "estimate": "llava_vlora.cli.estimate",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,15 +41,29 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--model", help="checkpoint folder")
     parser.add_argument("--model-base", help="language model, for a projector or LoRA weights")
     parser.add_argument("--name", help="of the model in files and tables (default: its folder)")
-    parser.add_argument("--benchmarks", help=f"comma-separated; known: {', '.join(names())}")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        default=_DATA,
-        help=f"LLaVA's folder (default: {_DATA})",
-    )
+    add_asking_arguments(parser)
     parser.add_argument("--out", type=Path, default=Path("runs/eval"), help="default: runs/eval")
     parser.add_argument("--blind", action="store_true", help="do not show the images")
+    others = parser.add_subparsers(dest="what", title="before", metavar="prepare", action=Instead)
+    prepare = others.add_parser(
+        "prepare",
+        help="say what of benchmarks is here, what is missing and where to get it",
+        description="Look for the files of benchmarks, count them, and read every image.",
+    )
+    prepare.add_argument("names", nargs="+", metavar="BENCH", help=", ".join(names()))
+    prepare.add_argument("--data", type=Path, default=_DATA, help=f"default: {_DATA}")
+    prepare.add_argument("--quick", action="store_true", help="do not read the images")
+    prepare.add_argument("--workers", type=positive, default=cores(), help="default: one a core")
+
+
+def add_asking_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every verb takes that has models answer benchmarks."""
+    from ..benchmarks import names
+
+    parser.add_argument("--benchmarks", help=f"comma-separated; known: {', '.join(names())}")
+    parser.add_argument(
+        "--data", type=Path, default=_DATA, help=f"LLaVA's folder (default: {_DATA})"
+    )
     parser.add_argument("--conv-mode", default="vicuna_v1", help="LLaVA's template (vicuna_v1)")
     parser.add_argument(
         "--batch-size",
@@ -64,16 +79,6 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         action="store_true",
         help="answer all questions again; answers of another model are kept beside",
     )
-    others = parser.add_subparsers(dest="what", title="before", metavar="prepare", action=Instead)
-    prepare = others.add_parser(
-        "prepare",
-        help="say what of benchmarks is here, what is missing and where to get it",
-        description="Look for the files of benchmarks, count them, and read every image.",
-    )
-    prepare.add_argument("names", nargs="+", metavar="BENCH", help=", ".join(names()))
-    prepare.add_argument("--data", type=Path, default=_DATA, help=f"default: {_DATA}")
-    prepare.add_argument("--quick", action="store_true", help="do not read the images")
-    prepare.add_argument("--workers", type=positive, default=cores(), help="default: one a core")
 
 
 def _batch(text: str) -> int | None:
@@ -90,10 +95,11 @@ def run(args: argparse.Namespace) -> int:
     from ..errors import ConfigError
     from ..evaluation.benchmarking import evaluate
 
-    for flag, value in (("--model", args.model), ("--benchmarks", args.benchmarks)):
-        if value is None:
-            raise ConfigError(f"Give {flag}; `llava-vlora eval --help` has an example.")
-    evaluate(_evaluation(args), console)
+    if args.model is None:
+        raise ConfigError("Give --model; `llava-vlora eval --help` has an example.")
+    name = args.name or Path(args.model).expanduser().resolve().name
+    asked = evaluation(args, args.model, args.model_base, name)
+    evaluate(dataclasses.replace(asked, see=not args.blind), console)
     return 0
 
 
@@ -148,19 +154,26 @@ def _look(benchmark: Benchmark, args: argparse.Namespace, console: Console) -> b
     return complete
 
 
-def _evaluation(args: argparse.Namespace) -> Evaluation:
+def evaluation(args: argparse.Namespace, model: str, base: str | None, name: str) -> Evaluation:
+    """What the flags of :func:`add_asking_arguments` ask of one model.
+
+    Raises:
+        ConfigError: A benchmark is unknown or none is named.
+    """
     from ..benchmarks import find
+    from ..errors import ConfigError
     from ..evaluation.benchmarking import Evaluation
 
-    chosen = [find(name.strip()) for name in args.benchmarks.split(",")]
+    if not args.benchmarks:
+        raise ConfigError(f"Give --benchmarks; `llava-vlora {args.verb} --help` lists them.")
+    chosen = [find(name) for name in dict.fromkeys(map(str.strip, args.benchmarks.split(",")))]
     return Evaluation(
-        model=args.model,
-        base=args.model_base,
-        name=args.name or Path(args.model).expanduser().resolve().name,
+        model=model,
+        base=base,
+        name=name,
         benchmarks=tuple(chosen),
         data=args.data,
         out=args.out,
-        see=not args.blind,
         conv_mode=args.conv_mode,
         batch_size=args.batch_size,
         limit=args.limit,

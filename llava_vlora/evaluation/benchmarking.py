@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
@@ -56,36 +57,37 @@ class Evaluation:
         return self.out / benchmark.name / f"{self.name}{blind}{end}"
 
 
-def evaluate(evaluation: Evaluation, console: Console) -> dict[str, Score]:
-    """Answer and score; every file is read before the model is loaded.
+def evaluate(
+    evaluation: Evaluation, console: Console, load: Callable[[], api.Loaded] | None = None
+) -> dict[str, Score]:
+    """Answer and score; every file is read before the model is loaded, and it is loaded if questions are open.
+
+    Args:
+        evaluation: What to ask whom.
+        console: For progress and the table of scores.
+        load: Gives the model, where it is wanted for more than this.
+
+    Returns:
+        Scores by benchmark, in the first of several processes.
 
     Raises:
         VLoRAError: A file is missing or damaged, or an answer file is another model's.
     """
-    place = _join()
+    place = join()
     asked = {b: b.read(evaluation.data)[: evaluation.limit] for b in evaluation.benchmarks}
     model = fingerprint(evaluation.model, evaluation.base)
     keys = {b: _key(evaluation, b, model) for b in asked}
-    opened = {b: partial(_open, evaluation, b, samples, keys[b]) for b, samples in asked.items()}
-    if place.rank == 0:
-        for benchmark, open_log in opened.items():
-            if evaluation.fresh:
-                set_aside(evaluation.file(benchmark, ".jsonl"))
-            log = open_log()  # answers of another model are found before anything is loaded
-            if evaluation.see:
-                _check_images(benchmark, log.todo())
-    place.barrier()
-    loaded = api.load(
-        evaluation.model, evaluation.base, device=evaluation.device, bits=evaluation.bits
-    )
+    logs = {b: _open(evaluation, b, samples, keys[b], place) for b, samples in asked.items()}
+    load = functools.cache(load or partial(load_model, evaluation))
     scores = {}
     with progress_bar(console) as progress:
         progress.disable = place.rank > 0 or not console.is_terminal
         for benchmark, samples in asked.items():
-            task = progress.add_task(benchmark.name, total=len(samples))
-            log = answer_all(
-                loaded,
-                opened[benchmark],
+            log = logs[benchmark]
+            task = progress.add_task(benchmark.name, total=len(log.todo()))
+            answer_all(
+                load,
+                log,
                 evaluation.asking(benchmark),
                 batch_size=evaluation.batch_size,
                 place=place,
@@ -100,6 +102,13 @@ def evaluate(evaluation: Evaluation, console: Console) -> dict[str, Score]:
     if place.rank == 0:
         console.print(_table(evaluation, asked, scores))
     return scores
+
+
+def load_model(evaluation: Evaluation) -> api.Loaded:
+    """The model of an evaluation."""
+    return api.load(
+        evaluation.model, evaluation.base, device=evaluation.device, bits=evaluation.bits
+    )
 
 
 def _advance(progress: Progress, task: TaskID, done: int, total: int) -> None:
@@ -118,7 +127,8 @@ def _check_images(benchmark: Benchmark, samples: Sequence[Sample]) -> None:
         )
 
 
-def _join() -> Place:
+def join() -> Place:
+    """This process among those of ``torchrun``, which can then wait for each other."""
     place = Place.from_environment()
     if place.world > 1 and not torch.distributed.is_initialized():
         # A process that has finished its share waits for the slowest.
@@ -132,9 +142,20 @@ def _key(evaluation: Evaluation, benchmark: Benchmark, model: str) -> str:
 
 
 def _open(
-    evaluation: Evaluation, benchmark: Benchmark, samples: Sequence[Sample], key: str
+    evaluation: Evaluation, benchmark: Benchmark, samples: Sequence[Sample], key: str, place: Place
 ) -> AnswerLog:
-    return AnswerLog(evaluation.file(benchmark, ".jsonl"), evaluation.name, key, samples)
+    """The log, with what other processes of an earlier run answered; others read it after the first is done."""
+    path = evaluation.file(benchmark, ".jsonl")
+    if place.rank == 0:
+        if evaluation.fresh:
+            set_aside(path)
+        # Answers of another model are found here, before anything is loaded.
+        log = AnswerLog(path, evaluation.name, key, samples)
+        log.collect()
+        if evaluation.see:
+            _check_images(benchmark, log.todo())
+    place.barrier()
+    return log if place.rank == 0 else AnswerLog(path, evaluation.name, key, samples)
 
 
 def _write(
@@ -148,12 +169,23 @@ def _write(
         "run": key,
         "asking": asdict(evaluation.asking(benchmark)) | {"bits": evaluation.bits},
         "questions": len(samples),
+        "data": str(evaluation.data.resolve()),
         "limit": evaluation.limit,
         "metrics": dict(score.metrics),
         "chance": benchmark.chance(samples),
         "breakdown": dict(score.breakdown),
         "notes": list(score.notes),
-        "credit": [[s.id, score.credit[s.id]] for s in samples if s.id in score.credit],
+        "samples": [
+            {
+                "id": s.id,
+                "credit": score.credit[s.id],
+                "category": s.category,
+                "image": None if s.image is None else s.image.name,
+                "expected": benchmark.expected(s),
+            }
+            for s in samples
+            if s.id in score.credit
+        ],
         "command": shlex.join(sys.argv),
         "versions": provenance.versions(),
         "commit": provenance.commit(),

@@ -50,21 +50,21 @@ class Place:
 
 
 def answer_all(
-    loaded: Loaded,
-    open_log: Callable[[], AnswerLog],
+    load: Callable[[], Loaded],
+    log: AnswerLog,
     asking: Asking,
     *,
     batch_size: int | None = None,
     place: Place | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> AnswerLog:
-    """Answer what the log lacks; afterwards it holds one answer for each question, in their order.
+) -> None:
+    """Answer what the log lacks; afterwards the first process' log has one answer for each question, in their order.
 
     Prompts of equal length make a batch, so nothing is ever padded and an answer does not depend on its neighbours.
 
     Args:
-        loaded: The model.
-        open_log: Opens the file where answers are, and go.
+        load: Gives the model; called if there is anything to answer.
+        log: Where answers are, and go.
         asking: Conversation template, longest answer, with or without images.
         batch_size: Largest number of prompts at once; None tries 64 on a GPU and 16 on a CPU, and half as many when
             the GPU's memory does not do.
@@ -72,12 +72,25 @@ def answer_all(
         progress: Called with (answered by this process, its share).
     """
     place = place or Place()
-    if place.rank == 0:
-        open_log().collect()
+    if log.todo():
+        own = log if place.world == 1 else log.part(place.rank)
+        _answer_rest(load(), log.todo(), own, asking, batch_size, place, progress)
     place.barrier()
-    log = open_log()
-    own = log if place.world == 1 else log.part(place.rank)
-    todo = list(_share(_by_length(loaded, log.todo(), asking), place))
+    if place.rank == 0:
+        log.collect()
+        log.finish()
+
+
+def _answer_rest(
+    loaded: Loaded,
+    samples: Sequence[Sample],
+    own: AnswerLog,
+    asking: Asking,
+    batch_size: int | None,
+    place: Place,
+    progress: Callable[[int, int], None],
+) -> None:
+    todo = list(_share(_by_length(loaded, samples, asking), place))
     total, done = sum(len(ids) for ids, _ in todo), 0
     size = batch_size or _AUTO[loaded.model.device.type]
     with ThreadPoolExecutor(max_workers=4) as readers:
@@ -100,12 +113,6 @@ def answer_all(
                 start += size
                 done += len(found)
                 progress(done, total)
-    place.barrier()
-    if place.rank == 0:
-        log.collect()
-        log.finish()
-    place.barrier()
-    return log if place.rank == 0 else open_log()
 
 
 def _answer(

@@ -1,0 +1,110 @@
+"""``llava-vlora compare``: several models on the same benchmarks, with statistics, costs and a report."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .evaluate import add_asking_arguments, evaluation
+
+_EPILOG = """\
+  llava-vlora compare --model llava=checkpoints/llava-7b --model vlora=checkpoints/vlora-7b \\
+      --benchmarks pope,scienceqa,mme --out runs/x
+
+The first stock LLaVA answers once more without the images: the blind row. The same command goes on where an interrupted
+run stopped; `torchrun --nproc_per_node 8 -m llava_vlora compare ...` uses several GPUs.
+"""
+_NAME = re.compile(r"[\w-][\w.+-]*")
+
+
+def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Add the verb to the command line."""
+    parser = subparsers.add_parser(
+        "compare",
+        help="evaluate several models side by side, with a blind row, statistics, costs and a report",
+        description="Answer benchmarks with several models and compare them.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--model",
+        action="append",
+        required=True,
+        metavar="NAME=FOLDER",
+        help="a model, once for each; the first is the one that the others are compared with",
+    )
+    parser.add_argument(
+        "--model-base",
+        action="append",
+        default=[],
+        metavar="NAME=FOLDER",
+        help="language model of a model that is a projector or LoRA weights",
+    )
+    parser.add_argument(
+        "--blind",
+        action="append",
+        metavar="NAME",
+        help="answer without images with this model too, once for each (default: the first stock LLaVA)",
+    )
+    parser.add_argument("--no-blind", action="store_true", help="leave the blind row out")
+    parser.add_argument("--no-measure", action="store_true", help="do not time the models")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/compare"), help="default: runs/compare"
+    )
+    add_asking_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer, score and report; returns the exit code."""
+    from rich.console import Console
+
+    from ..evaluation.comparing import compare
+
+    models, bases = _pairs("--model", args.model), _pairs("--model-base", args.model_base)
+    _known("--model-base", bases, models)
+    evaluations = [evaluation(args, path, bases.get(name), name) for name, path in models.items()]
+    blind = [] if args.no_blind else _blind(args.blind, models)
+    compare(evaluations, blind, Console(highlight=False), measure=not args.no_measure)
+    return 0
+
+
+def _pairs(flag: str, given: Sequence[str]) -> dict[str, str]:
+    from ..errors import ConfigError
+
+    found: dict[str, str] = {}
+    for text in given:
+        name, _, path = text.partition("=")
+        if not path or not _NAME.fullmatch(name) or name.endswith(".blind"):
+            raise ConfigError(
+                f"{flag} {text}: give NAME=FOLDER with a name of letters, digits and -_.+, such as vlora=checkpoints/x."
+            )
+        if name in found:
+            raise ConfigError(f"{flag} names {name!r} twice; each model needs a name of its own.")
+        found[name] = path
+    return found
+
+
+def _known(
+    flag: str, names: Mapping[str, object] | Sequence[str], models: Mapping[str, str]
+) -> None:
+    from ..errors import ConfigError, listing
+
+    unknown = [name for name in names if name not in models]
+    if unknown:
+        raise ConfigError(
+            f"{flag} {unknown[0]}: there is no such model; --model gives {listing(models)}."
+        )
+
+
+def _blind(asked: Sequence[str] | None, models: Mapping[str, str]) -> list[str]:
+    """Models that answer without images too; files decide which is stock LLaVA."""
+    from ..integration.checkpoint import inspect_checkpoint
+
+    if asked is not None:
+        _known("--blind", asked, models)
+        return list(dict.fromkeys(asked))
+    stock = [name for name, path in models.items() if not inspect_checkpoint(path).vlora]
+    return [stock[0] if stock else next(iter(models))]

@@ -1,0 +1,37 @@
+"""From a run folder to ``report.html``, ``comparison.{json,csv,md}``, ``plots/*.png`` and model cards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..evaluation.files import write_json, write_text
+from ..report.plots import save
+from .analysis import Comparison, analyse
+from .outputs import model_card, to_csv, to_markdown
+from .page import render_page
+from .plots import credit_plot, tradeoff, tradeoff_plot
+from .results import COMPARISON, read_results
+
+
+def build(folder: Path, *, seed: int = 0) -> Comparison:
+    """Build everything anew from the files of a run folder; returns what ``comparison.json`` holds.
+
+    Raises:
+        DataError: A file is missing or damaged, or models were asked different questions.
+    """
+    comparison = analyse(read_results(folder), seed=seed)
+    plots = {}
+    if any(b["scored"] for b in comparison["benchmarks"]):
+        plots["credit"] = credit_plot(comparison)
+    if tradeoff(comparison):
+        plots["tradeoff"] = tradeoff_plot(comparison)
+    files = {name: folder / "plots" / f"{name}.png" for name in plots}
+    for name, plot in plots.items():
+        save(plot, files[name])
+    write_json(folder / COMPARISON, comparison)
+    write_text(folder / "comparison.csv", to_csv(comparison))
+    write_text(folder / "comparison.md", to_markdown(comparison))
+    for model in comparison["models"]:
+        write_text(folder / "cards" / f"{model}.md", model_card(comparison, model))
+    write_text(folder / "report.html", render_page(comparison, files, folder))
+    return comparison

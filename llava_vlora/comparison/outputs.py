@@ -1,0 +1,187 @@
+"""A comparison as CSV, as Markdown and as a section of a model card."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from typing import Any
+
+from ..report.collect import format_p
+from .analysis import Comparison
+from .findings import findings
+
+_CSV = (
+    "benchmark",
+    "model",
+    "image",
+    "metric",
+    "value",
+    "questions",
+    "low_95",
+    "high_95",
+    "chance",
+)
+
+
+def to_csv(comparison: Comparison) -> str:
+    """One line a figure: benchmark, model, with or without image, metric; intervals stand beside mean credit."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_CSV)
+    for benchmark in comparison["benchmarks"]:
+        for label, row in benchmark["rows"].items():
+            model, see = label.removesuffix(", blind"), label not in comparison["blind"]
+            place = [benchmark["name"], model, "yes" if see else "no"]
+            for metric, value in row["metrics"].items():
+                chance = benchmark["chance"] if metric == benchmark["headline"] else None
+                writer.writerow(
+                    [*place, metric, value, benchmark["questions"], "", "", _cell(chance)]
+                )
+            if row["credit"] is not None:
+                credit = row["credit"]
+                ends = credit["interval"]
+                writer.writerow(
+                    [*place, "mean credit", credit["mean"], benchmark["scored"], *ends, ""]
+                )
+    return text.getvalue()
+
+
+def _cell(value: float | None) -> object:
+    return "" if value is None else value
+
+
+def value(figure: float) -> str:
+    """A score for readers: one digit behind the point."""
+    return f"{figure:.1f}"
+
+
+def headline(benchmark: Mapping[str, Any], label: str) -> str:
+    """The headline score of a row with the interval of its mean credit where both are the same figure."""
+    row = benchmark["rows"].get(label)
+    if row is None:
+        return ""
+    if benchmark["headline"] is None:
+        return "scored elsewhere"
+    figure, credit = row["metrics"][benchmark["headline"]], row["credit"]
+    shown = value(figure)
+    if credit is not None and abs(credit["mean"] - figure) < 1e-6:
+        low, high = credit["interval"]
+        shown += f" ({low:.1f} to {high:.1f})"
+    return shown
+
+
+def score_table(comparison: Comparison) -> list[list[str]]:
+    """Head and lines: benchmark, metric, questions, each row's headline, chance."""
+    labels = comparison["rows"]
+    lines = [["benchmark", "metric", "questions", *labels, "chance"]]
+    for benchmark in comparison["benchmarks"]:
+        chance = benchmark["chance"]
+        lines.append(
+            [
+                benchmark["title"],
+                benchmark["headline"] or "",
+                str(benchmark["questions"]),
+                *(headline(benchmark, label) for label in labels),
+                "" if chance is None else value(chance),
+            ]
+        )
+    return lines
+
+
+def pair_table(comparison: Comparison) -> list[list[str]]:
+    """Head and lines of the paired tests between rows."""
+    head = ["benchmark", "pair", "points", "95 %", "p", "p, all benchmarks", "detectable", "test"]
+    lines = [head]
+    for benchmark in comparison["benchmarks"]:
+        for pair in benchmark["pairs"]:
+            low, high = pair["interval"]
+            lines.append(
+                [
+                    benchmark["title"],
+                    f"{pair['first']} - {pair['second']}",
+                    f"{pair['difference']:+.1f}",
+                    f"{low:+.1f} to {high:+.1f}",
+                    format_p(pair["p"]).removeprefix("= "),
+                    format_p(pair["p_holm"]).removeprefix("= "),
+                    f"{pair['detectable']:.1f}",
+                    pair["test"],
+                ]
+            )
+    return lines
+
+
+def contribution_table(comparison: Comparison) -> list[list[str]]:
+    """Head and lines of what the image adds to the headline score, in percent of the blind one."""
+    models = comparison["models"]
+    lines = [["benchmark", *models]]
+    for benchmark in comparison["benchmarks"]:
+        found = benchmark["contribution"]
+        if found:
+            cells = (f"{100 * found[m]:+.1f} %" if m in found else "" for m in models)
+            lines.append([benchmark["title"], *cells])
+    return lines
+
+
+def markdown_table(lines: list[list[str]]) -> str:
+    """A table of Markdown; the first line is its head."""
+    head, *rest = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    rows = [head, ["---"] * len(head), *rest]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def to_markdown(comparison: Comparison) -> str:
+    """Findings and tables."""
+    parts = ["# " + " and ".join(comparison["models"]) + "\n"]
+    parts += ["".join(f"- {sentence}\n" for sentence in findings(comparison))]
+    parts += ["## Scores\n", markdown_table(score_table(comparison))]
+    parts += [
+        "Headline metric of each benchmark, with the 95 % interval where it is the mean credit of the questions.\n"
+    ]
+    pairs, shares = pair_table(comparison), contribution_table(comparison)
+    if len(pairs) > 1:
+        parts += ["## Paired tests\n", markdown_table(pairs), _TESTS]
+    if len(shares) > 1:
+        parts += ["## What the image adds\n", markdown_table(shares), _ADDS]
+    return "\n".join(part for part in parts if part)
+
+
+_TESTS = (
+    "Points of mean credit; p for no difference, once as it is and once allowing for all benchmarks (Holm); "
+    "detectable: the smallest true difference that this many questions would show with 80 % power at 5 %.\n"
+)
+_ADDS = "(score with image - score without) / score without, of the headline metric.\n"
+
+
+def model_card(comparison: Comparison, model: str) -> str:
+    """A model card's section on evaluation, for the model's README.
+
+    Args:
+        comparison: The figures.
+        model: One of the models.
+    """
+    runs = [runs[model] for runs in comparison["runs"].values() if model in runs]
+    versions = ", ".join(f"{k} {v}" for k, v in (runs[0]["versions"] or {}).items())
+    names = [b["name"] for b in comparison["benchmarks"] if model in b["rows"]]
+    metadata = "".join(_indexed(b, model) for b in comparison["benchmarks"] if model in b["rows"])
+    return (
+        f"---\npipeline_tag: image-text-to-text\ntags:\n- llava\n- vlora\nmodel-index:\n- name: {model}\n"
+        f"  results:\n{metadata}---\n\n# {model}\n\n## Evaluation\n\n"
+        f"{markdown_table(score_table(comparison))}\n"
+        f"Greedy answers, template {runs[0]['asking'].get('conv_mode')}. Made by `llava-vlora eval --model <folder> "
+        f"--benchmarks {','.join(names)}` with {versions}.\n"
+    )
+
+
+def _indexed(benchmark: Mapping[str, Any], model: str) -> str:
+    """One entry of a model index, as hubs read it."""
+    metrics = "".join(
+        f"    - name: {name}\n      type: {name.lower().replace(' ', '_')}\n      value: {figure}\n"
+        for name, figure in benchmark["rows"][model]["metrics"].items()
+    )
+    if not metrics:
+        return ""
+    return (
+        "  - task:\n      type: visual-question-answering\n"
+        f"    dataset:\n      name: {benchmark['title']}\n      type: {benchmark['name']}\n    metrics:\n{metrics}"
+    )

@@ -1,0 +1,97 @@
+"""The figures of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import cycle
+
+from matplotlib.figure import Figure
+
+from ..report.plots import new_figure
+from .analysis import Comparison
+
+#: Okabe and Ito, told apart by colour-blind readers too; blind rows are grey.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_BLIND = ("#999999", "#bbbbbb", "#777777")
+_INK = "#1f2933"
+
+
+def colors(comparison: Comparison) -> dict[str, str]:
+    """A colour for each row."""
+    blind = set(comparison["blind"])
+    seeing, others = cycle(_COLORS), cycle(_BLIND)
+    return {label: next(others if label in blind else seeing) for label in comparison["rows"]}
+
+
+def credit_plot(comparison: Comparison) -> Figure:
+    """Mean credit of all rows on each benchmark, with 95 % intervals."""
+    scored = [b for b in comparison["benchmarks"] if b["scored"]]
+    shown = colors(comparison)
+    figure, (axes,) = new_figure(10.5, 4.2, 1)
+    width = 0.8 / max(1, len(shown))
+    for i, (label, color) in enumerate(shown.items()):
+        found = [
+            (k, b["rows"][label]["credit"]) for k, b in enumerate(scored) if label in b["rows"]
+        ]
+        places = [k - 0.4 + (i + 0.5) * width for k, _ in found]
+        means = [credit["mean"] for _, credit in found]
+        arms = (
+            [max(0.0, c["mean"] - c["interval"][0]) for _, c in found],
+            [max(0.0, c["interval"][1] - c["mean"]) for _, c in found],
+        )
+        axes.bar(places, means, width, color=color, label=label, edgecolor="white", linewidth=0.5)
+        axes.errorbar(places, means, arms, fmt="none", ecolor=_INK, elinewidth=1, capsize=2.5)
+    axes.set_xticks(range(len(scored)), [_wrapped(b["title"], b["scored"]) for b in scored])
+    axes.set_ylabel("Mean credit of a question, %")
+    axes.set_ylim(0, 105)
+    figure.legend(loc="outside upper center", ncols=min(4, len(shown)), frameon=False)
+    return figure
+
+
+def _wrapped(title: str, count: int) -> str:
+    return title.replace(", ", ",\n").replace(" ", "\n", 1) + f"\nn = {count}"
+
+
+def tradeoff_plot(comparison: Comparison) -> Figure:
+    """Mean credit over the scored benchmarks against FLOPs and time to the first token."""
+    figure, panels = new_figure(10.5, 3.6, 2)
+    points = tradeoff(comparison)
+    shown = colors(comparison)
+    axes_names = ("GFLOPs to the first token", "Milliseconds to the first token")
+    for axes, name, index in zip(panels, axes_names, (0, 1), strict=True):
+        for label, costs, mean in points:
+            cost = costs[index]
+            if cost is None:
+                continue
+            axes.plot(cost, mean, "o", color=shown[label], markersize=9)
+            axes.annotate(
+                label, (cost, mean), xytext=(0, 9), textcoords="offset points", ha="center"
+            )
+        axes.set_xlabel(name)
+        axes.set_xlim(left=0)
+        axes.margins(x=0.2, y=0.3)
+    panels[0].set_ylabel("Mean credit over benchmarks, %")
+    return figure
+
+
+def tradeoff(
+    comparison: Comparison,
+) -> Sequence[tuple[str, tuple[float | None, float | None], float]]:
+    """Of each row with known cost: its label, GFLOPs and milliseconds, and its mean over the benchmarks all share."""
+    labels = comparison["rows"]
+    shared = [
+        b for b in comparison["benchmarks"] if b["scored"] and all(x in b["rows"] for x in labels)
+    ]
+    points = []
+    for label in labels:
+        model = label.removesuffix(", blind")
+        cost = comparison["costs"].get(model)
+        if cost is None or not shared:
+            continue
+        mean = sum(b["rows"][label]["credit"]["mean"] for b in shared) / len(shared)
+        if label in comparison["blind"]:
+            points.append((label, (cost["flops_blind"] / 1e9, None), mean))
+        else:
+            known = (cost["flops"]["first_token"] / 1e9, 1e3 * cost["time"]["first_token"])
+            points.append((label, known, mean))
+    return points

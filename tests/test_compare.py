@@ -1,0 +1,308 @@
+"""``llava-vlora compare`` and ``report`` with real models, and their figures worked out by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava_vlora.cli import main
+from llava_vlora.comparison.analysis import Comparison, analyse
+from llava_vlora.comparison.build import build
+from llava_vlora.comparison.disagreements import disagreements
+from llava_vlora.comparison.findings import findings
+from llava_vlora.comparison.results import Row, read_results
+from llava_vlora.errors import DataError
+from tests.test_benchmarks import make_pope, make_scienceqa
+from tests.test_evaluation import paint
+from tests.two_stacks import train_all, trained
+
+# --- a folder made by hand -------------------------------------------------------------------------
+
+#: Credit of ten questions about five images, by row; LLaVA and VLoRA differ on four.
+CREDIT = {
+    "llava": [1, 1, 1, 1, 1, 1, 1, 1, 0, 0],
+    "vlora": [1, 1, 1, 1, 1, 0, 0, 0, 0, 1],
+    "llava.blind": [1, 0, 1, 0, 1, 0, 1, 0, 0, 0],
+}
+
+
+def write_scores(
+    folder: Path, credit: dict[str, list[float]], name: str = "toy", images: int = 5, **more: Any
+) -> None:
+    """What ``eval`` leaves, with questions about images in turns."""
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    for stem, values in credit.items():
+        model = stem.removesuffix(".blind")
+        samples = [
+            {
+                "id": i,
+                "credit": float(v),
+                "category": "odd" if i % 2 else "even",
+                "image": f"{i % images}.jpg",
+                "expected": "yes",
+            }
+            for i, v in enumerate(values)
+        ]
+        stated = {
+            "benchmark": name,
+            "title": name.title(),
+            "citation": "",
+            "model": {"name": model, "path": f"/{model}", "base": None},
+            "run": "k",
+            "asking": {"conv_mode": "vicuna_v1", "see": stem == model},
+            "questions": len(values),
+            "limit": None,
+            "metrics": {"accuracy": 100 * sum(values) / max(1, len(values))},
+            "chance": 25.0,
+            "breakdown": {},
+            "notes": [],
+            "samples": samples,
+            "command": f"eval {stem}",
+            "versions": {"torch": "2"},
+            "commit": None,
+            "machine": {},
+            **more,
+        }
+        (folder / name / f"{stem}.score.json").write_text(json.dumps(stated))
+        rows = [
+            {"answer_id": f"{model}-{i}", "prompt": f"<i>{i}?", "text": "yes" if v else "<b>no"}
+            for i, v in enumerate(values)
+        ]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / name / f"{stem}.jsonl").write_text(lines)
+
+
+def toy(folder: Path, **more: Any) -> dict[str, Any]:
+    write_scores(folder, CREDIT, **more)
+    found: dict[str, Any] = analyse(read_results(folder))["benchmarks"][0]
+    return found
+
+
+def test_scores_and_pairs_by_hand(tmp_path: Path) -> None:
+    toy(tmp_path, images=10)
+    comparison = analyse(read_results(tmp_path))
+    assert comparison["rows"] == ["llava", "vlora", "llava, blind"]
+    (found,) = comparison["benchmarks"]
+    means = {label: row["credit"]["mean"] for label, row in found["rows"].items()}
+    assert means == {"llava": 80, "vlora": 60, "llava, blind": 40}
+    # Wilson's interval of 8 out of 10.
+    assert found["rows"]["llava"]["credit"]["interval"] == pytest.approx([49.0, 94.3], abs=0.05)
+    assert found["contribution"] == {"llava": pytest.approx(1.0), "vlora": pytest.approx(0.5)}
+    assert not found["nearly_blind"]
+    assert found["categories"]["odd"]["rows"] == {"llava": 80, "vlora": 60, "llava, blind": 0}
+    pair = found["pairs"][0]
+    assert (pair["first"], pair["second"], pair["difference"]) == ("llava", "vlora", 20)
+    assert (pair["first_better"], pair["second_better"]) == (3, 1)
+    assert pair["test"] == "exact McNemar"
+    assert pair["p"] == pytest.approx(2 * (1 + 4) / 16)
+    # Differences 0 0 0 0 0 1 1 1 0 -1: 2.8016 x sqrt(sum (d - 0.2)^2) / 10 = 2.8016 x sqrt(3.6) / 10.
+    assert pair["detectable"] == pytest.approx(280.16 * 3.6**0.5 / 10, rel=1e-4)
+    assert found["disagreements"] == 4
+
+
+def test_questions_about_one_image_count_as_one(tmp_path: Path) -> None:
+    """Images 0 to 4 have two questions each: sums of the differences 1, 1, 1, 0, -1."""
+    pair = toy(tmp_path)["pairs"][0]
+    assert pair["test"] == "permutation of images"
+    # Of 16 signs of four ones, those with |sum| >= 2 are 2 x (1 + 4).
+    assert pair["p"] == pytest.approx(10 / 16)
+
+
+def test_p_values_allow_for_all_benchmarks(tmp_path: Path) -> None:
+    write_scores(tmp_path, CREDIT, images=10)
+    clear = {"llava": [1.0] * 12, "vlora": [0.0] * 12, "llava.blind": [0.0] * 12}
+    write_scores(tmp_path, clear, "clear", images=12)
+    found = {b["name"]: b["pairs"][0] for b in analyse(read_results(tmp_path))["benchmarks"]}
+    assert found["clear"]["p"] == pytest.approx(2 / 2**12)
+    assert found["clear"]["p_holm"] == pytest.approx(4 / 2**12)
+    assert found["toy"]["p_holm"] == found["toy"]["p"]
+
+
+def test_findings_follow_from_the_figures(tmp_path: Path) -> None:
+    write_scores(tmp_path, CREDIT, images=10)
+    clear = {"llava": [1.0] * 12, "vlora": [0.0] * 12, "llava.blind": [1.0] * 11 + [0.0]}
+    write_scores(tmp_path, clear, "clear", images=12)
+    said = findings(analyse(read_results(tmp_path)))
+    assert said[0].startswith("llava is better than vlora on Clear (100.0 points, p ")
+    assert said[1].startswith("No clear difference between llava and vlora on Toy (+20.0 points;")
+    assert said[2].startswith("Clear hardly needs the image")
+    assert "llava +9.1 %" in said[2]
+    assert len(said) == 3  # Toy needs it, and nothing was measured
+
+
+def test_soft_credit_and_benchmarks_scored_elsewhere(tmp_path: Path) -> None:
+    soft = {"a": [0.3, 1.0, 0.6, 0.0], "b": [0.0, 1.0, 0.3, 0.3]}
+    write_scores(tmp_path, soft, images=4)
+    write_scores(tmp_path, {"a": [], "b": []}, "server", metrics={}, questions=7, chance=None)
+    comparison = build(tmp_path)
+    pair = comparison["benchmarks"][1]["pairs"][0]
+    assert pair["test"] == "permutation of images"
+    assert pair["difference"] == pytest.approx(7.5)
+    assert comparison["benchmarks"][0]["rows"]["a"]["credit"] is None
+    assert "scored elsewhere" in (tmp_path / "report.html").read_text()
+
+
+def test_rows_that_were_asked_other_questions_are_refused(tmp_path: Path) -> None:
+    write_scores(tmp_path, {"a": [1.0, 0.0], "b": [1.0]})
+    with pytest.raises(
+        DataError, match=r"toy: 'a', 'b' were asked different questions \(2 and 1\)"
+    ):
+        read_results(tmp_path)
+    with pytest.raises(DataError, match=r"has no scores.*llava-vlora eval --out"):
+        read_results(tmp_path / "toy")
+    (tmp_path / "toy" / "b.score.json").write_text("{}")
+    with pytest.raises(DataError, match=r"b\.score\.json: lacks 'benchmark'"):
+        read_results(tmp_path)
+
+
+def test_files_of_a_comparison(tmp_path: Path) -> None:
+    write_scores(tmp_path, CREDIT, images=10)
+    assert main(["report", str(tmp_path)]) == 0
+    with (tmp_path / "comparison.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    blind = next(r for r in rows if r["image"] == "no" and r["metric"] == "accuracy")
+    assert (blind["model"], blind["value"], blind["questions"]) == ("llava", "40.0", "10")
+    assert blind["chance"] == "25.0"
+    text = (tmp_path / "comparison.md").read_text()
+    assert "| Toy | accuracy | 10 | 80.0 (49.0 to 94.3) | 60.0" in text
+    assert "| Toy | llava - vlora | +20.0 |" in text
+    card = (tmp_path / "cards" / "vlora.md").read_text()
+    assert "      value: 60.0\n" in card
+    assert "--benchmarks toy" in card
+
+
+def test_page_is_one_file_that_asks_for_nothing(tmp_path: Path) -> None:
+    write_scores(tmp_path, CREDIT, images=10)
+    rows = disagreements(read_results(tmp_path), "toy")
+    assert [row["id"] for row in rows] == [5, 6, 7, 9]
+    assert rows[0]["answers"] == {"llava": "yes", "vlora": "<b>no", "llava, blind": "<b>no"}
+    build(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert set(re.findall(r'(?:src|href)="([^"]{0,11})', page)) == {"data:image/"}
+    assert "http" not in page
+    assert "url(" not in page
+
+
+# --- real models -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("compare")
+    make_pope(root)
+    make_scienceqa(root)
+    paint(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def flags(llm_dir: Path, tower_dir: Path, data_dir: Path, data: Path) -> list[str]:
+    train_all(llm_dir, tower_dir, data_dir)
+    folder = trained(data_dir)
+    words = ["compare", "--model", f"llava={folder / 'mlp-finetune'}"]
+    words += ["--model", f"vlora={folder / 'vlora-finetune'}"]
+    return [*words, "--benchmarks", "pope,scienceqa", "--data", str(data), "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def compared(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out")
+    assert main([*flags, "--out", str(out)]) == 0
+    return out
+
+
+def read(folder: Path) -> Comparison:
+    found: Comparison = json.loads((folder / "comparison.json").read_text())
+    return found
+
+
+def test_compare_leaves_everything_side_by_side(compared: Path) -> None:
+    found = read(compared)
+    assert found["rows"] == ["llava", "vlora", "llava, blind"]
+    assert [b["name"] for b in found["benchmarks"]] == ["pope", "scienceqa"]
+    llava, vlora = found["costs"]["llava"], found["costs"]["vlora"]
+    assert llava["sequence"] == vlora["sequence"] + 16  # patches of the tiny tower
+    assert vlora["text_tokens"] == llava["text_tokens"]
+    assert llava["flops_blind"] < vlora["flops"]["first_token"]
+    assert (compared / "plots" / "tradeoff.png").is_file()
+    results = read_results(compared)
+    row = Row("vlora", True)
+    answers = results.answers("scienceqa", row)
+    assert set(answers) == {"4", "7", "9"}
+    for line in (compared / "pope" / "disagreements.jsonl").read_text().splitlines():
+        shown = json.loads(line)["shown"]
+        assert (compared / "pope" / shown).is_file()
+
+
+def test_a_second_run_loads_nothing(
+    compared: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = read(compared)
+    monkeypatch.setattr("llava_vlora.evaluation.benchmarking.api.load", None)
+    assert main([*flags, "--out", str(compared)]) == 0
+    after = read(compared)
+    assert after["benchmarks"] == before["benchmarks"]
+    assert after["costs"] == before["costs"]
+
+
+def test_another_model_of_the_same_name_is_refused(
+    compared: Path, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = shutil.copytree(compared, tmp_path / "out")
+    llava, vlora = flags[2], flags[4]
+    swapped = ["llava=" + vlora.partition("=")[2], "vlora=" + llava.partition("=")[2]]
+    words = [*flags[:2], swapped[0], flags[3], swapped[1], *flags[5:]]
+    assert main([*words, "--out", str(out)]) == 2
+    assert "was answered by another model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--model", "vlora=elsewhere"], "names 'vlora' twice"),
+        (["--model", "elsewhere"], "give NAME=FOLDER"),
+        (["--blind", "text"], "--model gives 'llava', 'vlora'"),
+        (["--model-base", "x=y"], "there is no such model"),
+        (["--benchmarks", "pop"], "no benchmark 'pop'; valid: "),
+        (["--model", "more=/nowhere"], "no checkpoint folder /nowhere"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_loaded(
+    change: list[str],
+    message: str,
+    flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("llava_vlora.evaluation.benchmarking.api.load", None)
+    assert main([*flags, "--out", str(tmp_path / "out"), *change]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("out/*/*.jsonl"))
+
+
+@pytest.mark.slow
+def test_report_opens_in_a_browser(compared: Path, tmp_path: Path) -> None:
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no Chromium on this machine")
+    shot = tmp_path / "page.png"
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,2400"]
+    command += [f"--screenshot={shot}", "--enable-logging=stderr", f"file://{compared}/report.html"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert shot.stat().st_size > 20_000, done.stderr[-2000:]
+    dom = subprocess.run(
+        [*command[:4], "--dump-dom", f"file://{compared}/report.html"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    ).stdout
+    assert "Where the models disagree" in dom or "What the image adds" in dom
+    assert "CONSOLE" not in done.stderr
