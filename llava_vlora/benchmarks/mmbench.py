@@ -8,7 +8,6 @@ from pathlib import Path
 from ..errors import DataError
 from .base import (
     Benchmark,
-    EncodedPicture,
     Id,
     Need,
     Sample,
@@ -17,13 +16,16 @@ from .base import (
     percent,
 )
 from .choices import chosen
-from .tables import Row, distinct, tab_separated
+from .image_tables import image_table, picture
+from .tables import Row
+from .workbook import can_write, write_workbook
 
 _LETTERS = "ABCD"
 #: The same question with its options in another order has this much more in its index.
 _CIRCLE = 1_000_000
-#: A cell that is shorter names the row that has the image.
-_NO_IMAGE = 64
+#: LLaVA's convert_mmbench_for_submission.py leaves these out and puts the answers into the seventh column.
+_DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
+_PREDICTION = 6
 
 
 class MMBench(Benchmark):
@@ -50,11 +52,12 @@ class MMBench(Benchmark):
     def read(self, root: Path) -> list[Sample]:
         """All rows; those of one question have indices that differ by millions."""
         path = root / self.folder / self.file
-        keys = ("index", "question", "A", "B", "image")
-        rows = tab_separated(path, keys, self.needs[0].what)
-        distinct(rows, "index")
-        by_index = {row["index"]: row for row in rows}
-        samples = [self._sample(row, by_index) for row in rows]
+        rows = image_table(path, ("A", "B"), self.needs[0].what)
+        samples = [self._sample(row, rows) for row in rows.values()]
+        if not all(s.reference[0] for s in samples):
+            can_write(required=True)  # all that comes of it; better now than after all the answers
+        self._columns = [name for name in next(iter(rows.values())).values if name not in _DROPPED]
+        self._rows = [[row[name] for name in self._columns] for row in rows.values()]
         circles = _circles(samples)
         for circle in circles.values():
             texts = {frozenset(s.extra["options"]) for s in circle}
@@ -76,9 +79,6 @@ class MMBench(Benchmark):
         answer = row.values.get("answer", "")
         if answer and answer not in options:
             raise DataError(f"{row.place}: the answer {answer!r} is none of {list(options)}.")
-        shown = row
-        if len(row["image"]) < _NO_IMAGE and row["image"] in rows:
-            shown = rows[row["image"]]
         hint = row.values.get("hint", "")
         parts = [*([] if _none(hint) else [hint]), row["question"]]
         parts += [f"{letter}. {text}" for letter, text in options.items()]
@@ -86,7 +86,7 @@ class MMBench(Benchmark):
         return Sample(
             int(row["index"]),
             f"{question}\n{self.ask}",
-            EncodedPicture(shown["image"], shown.place),
+            picture(row, rows),
             row.values.get("category", ""),
             (answer, options),
             written=question,  # LLaVA's answer files leave the request out
@@ -117,8 +117,27 @@ class MMBench(Benchmark):
         if len(circles) < len(samples):
             metrics["accuracy of rows"] = percent(samples, right)
         unclear = sum(letter is None for letter in said.values())
-        notes = (f"{unclear} answers name no option and count as wrong",) if unclear else ()
-        return Score(metrics, credit, by_category(first, credit), notes)
+        notes = [f"{unclear} answers name no option and count as wrong"] if unclear else []
+        if not can_write():
+            notes.append("no upload file: it needs openpyxl, pip install llava-vlora[bench]")
+        return Score(metrics, credit, by_category(first, credit), tuple(notes))
+
+    def export(
+        self, samples: Sequence[Sample], answers: Mapping[Id, str], folder: Path, model: str
+    ) -> list[Path]:
+        """The table with the answers as a workbook, which the server reads."""
+        if not can_write():
+            return []
+        rows: list[list[str | int | None]] = []
+        for cells in self._rows:
+            row: list[str | int | None] = [None if _none(cell) else cell for cell in cells]
+            index = self._columns.index("index")
+            row[index] = int(cells[index])
+            row.insert(_PREDICTION, answers.get(int(cells[index])))
+            rows.append(row)
+        header = [*self._columns]
+        header.insert(_PREDICTION, "prediction")
+        return [write_workbook(folder / f"{model}.upload.xlsx", [header, *rows])]
 
     def chance(self, samples: Sequence[Sample]) -> float:
         """A letter drawn at random for each row."""
