@@ -8,8 +8,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 stack=${1:-current}
 case $stack in
-    current) venv=.venv extras=llava,lora,quant,serve,deepspeed,track,dev ;;
-    pinned) venv=.venv-pinned extras=llava,lora,serve,deepspeed,track,dev ;;
+    current) venv=.venv extras=llava,lora,quant,serve,deepspeed,track,bench,dev ;;
+    pinned) venv=.venv-pinned extras=llava,lora,serve,deepspeed,track,bench,dev ;;
     *) echo "setup: unknown stack '$stack'; choose current or pinned" >&2; exit 2 ;;
 esac
 constraints=scripts/constraints-$stack.txt

@@ -48,7 +48,7 @@ def test_unknown_verb_lists_the_valid_ones(capsys: pytest.CaptureFixture[str]) -
 def test_both_stacks_pin_every_direct_requirement() -> None:
     config = ConfigParser()
     config.read(REPOSITORY / "setup.cfg")
-    used = ("llava", "lora", "serve", "deepspeed", "dev")
+    used = ("llava", "lora", "serve", "deepspeed", "bench", "dev")
     extras = "\n".join(config["options.extras_require"][name] for name in used)
     wanted = {
         line.partition(">")[0].strip()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 _MARKS = re.compile(r"[.,:;!?()\[\]{}'\"*#/\\\n\t]")
-#: A longer answer that has the word "A" in it may mean the article.
+#: A longer answer that has the word "A" in it, but not at its end, may mean the article.
 _SHORT = 3
 
 
@@ -22,7 +22,7 @@ def chosen(text: str, options: Mapping[str, str]) -> str | None:
     """
     words = _MARKS.sub(" ", text).split()
     letters = {word for word in words if word in options}
-    if "A" in letters and len(words) > _SHORT:
+    if "A" in letters and len(words) > _SHORT and words[-1] != "A":
         letters.discard("A")
     if len(letters) == 1:
         return letters.pop()

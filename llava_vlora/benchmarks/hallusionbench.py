@@ -80,7 +80,7 @@ class HallusionBench(Benchmark):
         }
         seen = [s for s in samples if s.image is not None]
         found = _rates(seen, credit)
-        metrics = {"mean of aAcc, fAcc, qAcc": sum(found.values()) / len(found)} | found
+        metrics = {"average": sum(found.values()) / len(found)} | found
         if len(seen) < len(samples):
             both = _rates(samples, credit)
             metrics |= {f"{name} with text-only": both[name] for name in ("aAcc", "qAcc")}
@@ -89,9 +89,9 @@ class HallusionBench(Benchmark):
             some = [s for s in seen if s.category.startswith(kind)]
             breakdown |= {f"{kind}, {name}": v for name, v in _rates(some, credit).items() if some}
         unclear = sum(said[s.id] is None for s in seen)
-        note = f"{unclear} answers about an image are neither yes nor no and count as wrong"
+        note = f"no language model judges: {unclear} answers about an image are neither yes nor no and count as wrong"
         breakdown |= by_category(seen, credit)
-        return Score(metrics, credit, breakdown, (note,) if unclear else ())
+        return Score(metrics, credit, breakdown, (note,))
 
     def chance(self, samples: Sequence[Sample]) -> float:
         """The mean of the three rates of a coin: a half, and what it gets of figures and questions by being lucky."""

@@ -16,7 +16,7 @@ from .base import (
     percent,
 )
 from .choices import chosen
-from .image_tables import image_table, picture
+from .image_tables import image_table, picture, vlmevalkit
 from .tables import Row
 from .workbook import can_write, write_workbook
 
@@ -170,7 +170,7 @@ class CCBench(MMBenchChinese):
     title = "CCBench"
     folder = "ccbench"
     file = "CCBench.tsv"
-    needs = (Need(file, "questions, images and answers", "MMBench's site, CCBench.tsv", 2040),)
+    needs = (vlmevalkit(file, 2040),)
 
 
 def _none(text: str) -> bool:

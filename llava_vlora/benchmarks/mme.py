@@ -43,7 +43,7 @@ class MME(Benchmark):
     folder = "MME"
     needs = (
         Need(_QUESTIONS, "LLaVA's questions", "eval.zip of LLaVA's docs/Evaluation.md", 2374),
-        Need(_IMAGES, "images and answers, by task", "github.com/BradyFU, branch Evaluation", 14),
+        Need(_IMAGES, "images and answers, by task", "github.com/BradyFU, branch Evaluation", 1187),
     )
 
     def read(self, root: Path) -> list[Sample]:

@@ -86,7 +86,7 @@ class MMMU(Benchmark):
         unclear = sum(chosen(answers[s.id], s.reference.options) is None for s in choices)
         notes = (
             *([f"{several} questions have several images: the first is shown"] if several else []),
-            *([f"{unclear} answers name no option and count as wrong"] if unclear else []),
+            f"no language model judges: {unclear} answers name no option and count as wrong",
         )
         return Score(metrics, credit, by_category(samples, credit), notes)
 

@@ -22,7 +22,12 @@ class Pope(Benchmark):
     folder = "pope"
     needs = (
         Need(_QUESTIONS, "LLaVA's questions", "eval.zip of LLaVA's docs/Evaluation.md", 8910),
-        Need("coco", "labels, coco_pope_<split>.json", "github.com/AoiDragon/POPE, output/coco", 3),
+        Need(
+            "coco",
+            "labels, coco_pope_<split>.json",
+            "github.com/AoiDragon/POPE, output/coco of commit e3e3926",
+            3,
+        ),
         Need("val2014", "images of MSCOCO", "images.cocodataset.org/zips/val2014.zip", 40504),
     )
 

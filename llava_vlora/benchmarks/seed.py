@@ -24,7 +24,7 @@ class SeedBench(QuestionFile):
     needs = (
         Need(questions, "LLaVA's questions", EVAL_ZIP, 19242),
         Need("SEED-Bench.json", "answers", "the data set AILab-CVC/SEED-Bench", 19242),
-        Need("SEED-Bench-image", "images", "AILab-CVC/SEED-Bench, DATASET.md", 14233),
+        Need("SEED-Bench-image", "images", "AILab-CVC/SEED-Bench, DATASET.md"),
         Need("SEED-Bench-video-image", "frames of videos", "LLaVA's extract_video_frames.py"),
     )
 
