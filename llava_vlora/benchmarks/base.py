@@ -154,7 +154,9 @@ class Benchmark(ABC):
 
     def expected(self, sample: Sample) -> str:
         """The right answer, for readers."""
-        return sample.reference if isinstance(sample.reference, str) else ""
+        found = sample.reference
+        first = found[0] if isinstance(found, list | tuple) and found else found
+        return first if isinstance(first, str) else ""
 
     def export(
         self, samples: Sequence[Sample], answers: Mapping[Id, str], folder: Path, model: str

@@ -67,6 +67,10 @@ class HallusionBench(Benchmark):
             )
         return samples
 
+    def expected(self, sample: Sample) -> str:
+        """The right answer."""
+        return "yes" if sample.reference.yes else "no"
+
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str]) -> Score:
         """Accuracy of answers, of figures and of questions, and their mean, in percent.
 

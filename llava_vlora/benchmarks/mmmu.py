@@ -71,6 +71,10 @@ class MMMU(Benchmark):
             raise DataError(f"{path} has no row whose split is {_SPLIT!r}.")
         return samples
 
+    def expected(self, sample: Sample) -> str:
+        """A letter, or what is taken for right."""
+        return " or ".join(sample.reference.answers)
+
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str]) -> Score:
         """Accuracy in percent, of all and of both kinds of questions."""
         credit = {s.id: float(_right(answers[s.id], s.reference)) for s in samples}

@@ -101,6 +101,9 @@ def evaluate(
                     progress.console.print(f"Written: {file}", soft_wrap=True)
     if place.rank == 0:
         console.print(_table(evaluation, asked, scores))
+        for name, score in scores.items():
+            for note in score.notes:
+                console.print(f"{name}: {note}", soft_wrap=True)
     return scores
 
 
@@ -209,7 +212,7 @@ def _table(
         chance = benchmark.chance(samples)
         score = scores[benchmark.name]
         if not score.metrics:
-            table.add_row(benchmark.title, str(len(samples)), " ".join(score.notes))
+            table.add_row(benchmark.title, str(len(samples)))
         for i, (metric, value) in enumerate(score.metrics.items()):
             first = i == 0
             table.add_row(
