@@ -19,6 +19,7 @@ _VERBS = {
     "report": "llava_vlora.cli.report",
     "export": "llava_vlora.cli.export",
     "bench": "llava_vlora.cli.bench",
+    "cost": "llava_vlora.cli.cost",
     "estimate": "llava_vlora.cli.estimate",
     "chat": "llava_vlora.cli.chat",
     "check-data": "llava_vlora.cli.check_data",

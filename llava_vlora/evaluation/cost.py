@@ -33,11 +33,13 @@ class VisionShape:
     """Image side in pixels."""
     patch: int
     """Patch side in pixels."""
+    stated: int | None = None
+    """Patches of an image that is no square of this side, such as the paper's 320."""
 
     @property
     def patches(self) -> int:
         """Patches of an image, without the class token."""
-        return (self.image // self.patch) ** 2
+        return (self.image // self.patch) ** 2 if self.stated is None else self.stated
 
     @property
     def macs(self) -> int:
@@ -66,18 +68,17 @@ class LanguageShape:
         return self.layers * (attention + 3 * self.width * self.mlp)
 
     @property
-    def _attention(self) -> int:
+    def attention(self) -> int:
+        """MACs of a token for each token that it attends to."""
         return self.layers * 2 * self.heads * self.head_dim
 
     def prefill(self, tokens: int, logits: int = 1) -> int:
         """MACs of reading ``tokens`` tokens and scoring the vocabulary at ``logits`` positions."""
-        return (
-            tokens * self._linear + tokens**2 * self._attention + logits * self.width * self.vocab
-        )
+        return tokens * self._linear + tokens**2 * self.attention + logits * self.width * self.vocab
 
-    def decode(self, context: int) -> int:
+    def decode(self, context: int, logits: int = 1) -> int:
         """MACs of one further token that attends to ``context`` tokens, itself among them."""
-        return self._linear + context * self._attention + self.width * self.vocab
+        return self._linear + context * self.attention + logits * self.width * self.vocab
 
     def cache_values(self, tokens: int) -> int:
         """Numbers in the key-value cache of ``tokens`` tokens."""
@@ -109,14 +110,25 @@ def projector_macs(vision: VisionShape, language: LanguageShape, depth: int = 2)
     return vision.patches * (first + (depth - 1) * language.width**2)
 
 
-def generator_macs(config: VLoRAConfig, vision: VisionShape, language: LanguageShape) -> int:
-    """MACs of VLoRA's generator for one image."""
+def generator_macs(
+    config: VLoRAConfig, vision: VisionShape, language: LanguageShape, *, project: bool = False
+) -> int:
+    """MACs of VLoRA's generator for one image.
+
+    Args:
+        config: Its settings.
+        vision: The vision tower.
+        language: The language model.
+        project: Count as the public code computes: every patch is projected to a key and a value in every block.
+    """
     dim, patches = config.dim, vision.patches
     injected = len(config.layers(language.layers))
     groups = len(config.types) if config.separate else 1
     queries = injected * len(config.types) // groups
     linear = queries * (4 + 4 + 8) * dim**2
-    if queries * config.heads < dim:  # see CrossAttention: patches are not projected
+    if (
+        not project and queries * config.heads < dim
+    ):  # see CrossAttention: patches are not projected
         look = 2 * queries * config.heads * patches * dim
     else:
         look = 2 * (patches - queries) * dim**2 + 2 * queries * patches * dim
@@ -126,10 +138,18 @@ def generator_macs(config: VLoRAConfig, vision: VisionShape, language: LanguageS
     return patches * vision.width * dim + trunk + heads
 
 
-def low_rank_macs(config: VLoRAConfig, language: LanguageShape) -> int:
-    """MACs that unmerged perceptual weights add to every token."""
-    widths = sum(sum(language.widths(t)) for t in config.types)
+def low_rank_macs(config: VLoRAConfig, language: LanguageShape, merged: bool = False) -> int:
+    """MACs that perceptual weights add to every token; merged, only those without a linear layer do."""
+    beside = [t for t in config.types if not (merged and TARGETS[t].mergeable)]
+    widths = sum(sum(language.widths(t)) for t in beside)
     return len(config.layers(language.layers)) * config.rank * widths
+
+
+def merge_macs(config: VLoRAConfig, language: LanguageShape) -> int:
+    """MACs of forming the weight differences of one image that can be merged (paper equation 4)."""
+    sizes = [language.widths(t) for t in config.types if TARGETS[t].mergeable]
+    areas = sum(read * written for read, written in sizes)
+    return len(config.layers(language.layers)) * config.rank * areas
 
 
 def weight_values(config: VLoRAConfig, language: LanguageShape) -> int:
@@ -155,15 +175,30 @@ class Cost:
     """The first generated token after the prompt, low-rank paths included."""
     image_values: int
     """Numbers kept per image while decoding: key-value cache of the visual tokens, or factors."""
+    merge: int = 0
+    """Forming the weight differences, where they are merged."""
+    decode_low_rank: int = 0
+    """The part of ``decode`` that is spent on low-rank paths."""
+    growth: int = 0
+    """By how much each further token costs more than the one before it."""
 
     @property
     def first_token(self) -> int:
         """FLOPs until the first token of the answer is known."""
-        return self.vision + self.connector + self.prefill
+        return self.vision + self.connector + self.merge + self.prefill
+
+    def answer(self, tokens: int) -> int:
+        """FLOPs of an answer of ``tokens`` tokens, from the image's pixels on."""
+        further = tokens - 1
+        return self.first_token + further * self.decode + further * (further - 1) // 2 * self.growth
 
 
 def answer_cost(
-    vision: VisionShape, language: LanguageShape, text_tokens: int, vlora: VLoRAConfig | None
+    vision: VisionShape,
+    language: LanguageShape,
+    text_tokens: int,
+    vlora: VLoRAConfig | None,
+    merged: bool = False,
 ) -> Cost:
     """Cost of one question.
 
@@ -172,14 +207,17 @@ def answer_cost(
         language: The language model.
         text_tokens: Tokens of the prompt without the image.
         vlora: Settings of VLoRA, or None for LLaVA with ``mlp2x_gelu``.
+        merged: Whether perceptual weights are folded into the language model's before it reads.
     """
+    merge = extra = 0
     if vlora is None:
-        tokens, extra = text_tokens + vision.patches, 0
+        tokens = text_tokens + vision.patches
         connector = projector_macs(vision, language)
         values = language.cache_values(vision.patches)
     else:
-        tokens, extra = text_tokens, low_rank_macs(vlora, language)
+        tokens, extra = text_tokens, low_rank_macs(vlora, language, merged)
         connector = generator_macs(vlora, vision, language)
+        merge = merge_macs(vlora, language) if merged else 0
         values = weight_values(vlora, language)
     return Cost(
         sequence=tokens,
@@ -189,6 +227,9 @@ def answer_cost(
         low_rank=2 * tokens * extra,
         decode=2 * (language.decode(tokens + 1) + extra),
         image_values=values,
+        merge=2 * merge,
+        decode_low_rank=2 * extra,
+        growth=2 * language.attention,
     )
 
 

@@ -1,0 +1,1 @@
+"""FLOPs, memory and cache of answering a question, computed from the models' sizes. Builds no weights."""
