@@ -92,7 +92,7 @@ def _shape(args: argparse.Namespace) -> Shape:
 
     shape = find_shape(args.model, args.vision_tower)
     changes: dict[str, Any] = {"types": args.types, "rank": args.rank}
-    if args.layers:
+    if args.layers is not None:
         changes["layer_list"] = parse_layers(args.layers)
     chosen = {name: value for name, value in changes.items() if value is not None}
     return replace(shape, settings=replace(shape.settings, **chosen))

@@ -73,11 +73,10 @@ def with_image(shape: Shape, size: int | None, tokens: int | None) -> Shape:
     if size is not None and tokens is not None:
         raise ConfigError("--image-size and --image-tokens say the same; give one of them.")
     if tokens is not None:
-        side = isqrt(max(tokens, 0))
-        if tokens < 1 or side**2 != tokens:
+        side = isqrt(max(tokens, 1))
+        if side**2 != tokens:
             raise ConfigError(
-                f"--image-tokens {tokens} is no square of patches; the nearest are {max(side, 1) ** 2} and "
-                f"{(side + 1) ** 2}."
+                f"--image-tokens {tokens} is no square of patches; the nearest are {side**2} and {(side + 1) ** 2}."
             )
         size = side * patch
     if size is None:

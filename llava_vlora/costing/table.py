@@ -63,8 +63,8 @@ def print_cost(result: Result, console: Console, *, macs: bool = False) -> None:
         console.print(_figure4(result["figure4"], unit))
         _say(
             console,
-            "GFLOPs and the paper's ratio: formulas fitted to the figure, not quoted from the paper. Code: projector "
-            "or generator, low-rank paths and language model as released, counted exactly; Vicuna 7B, whatever --model.",
+            "Paper: formulas fitted to the figure, not quoted from the paper. Code: as released, with "
+            "projector or generator, low-rank paths and language model, counted exactly. Vicuna 7B, whatever --model.",
         )
     convention = result["convention"]
     if macs:
@@ -158,7 +158,7 @@ def _figure4(points: Sequence[dict[str, Any]], unit: str) -> Table:
     table = _table(
         *("text\ntokens", "visual\ntokens", f"LLaVA\nG{unit}", f"VLoRA\nG{unit}"),
         *("ratio,\npaper", "ratio,\ncode", "ratio, code\nwith vision tower"),
-        title="The paper's Fig. 4, and the code as released",
+        title="The paper's Fig. 4: VLoRA / LLaVA there, and by the code as released",
     )
     scale = _GIGA[unit]
     for point in points:
