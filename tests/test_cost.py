@@ -437,3 +437,13 @@ def test_figures_are_written(
 def test_mistakes_are_named(wrong: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cost", *wrong.split()]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_document_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "cost.md").read_text(encoding="utf-8")
+    block = text.partition("<!-- cost:start -->")[2].partition("<!-- cost:end -->")[0]
+    command = re.search(r"`llava-vlora (cost [^`]+)`", block)
+    assert command is not None
+    assert main(command[1].split()) == 0
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert block.partition("```text\n")[2].partition("\n```")[0].splitlines() == lines

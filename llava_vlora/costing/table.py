@@ -28,8 +28,8 @@ _BYTE_ROWS = {
     "vision": "weights: vision tower",
     "connector": "weights: projector or generator",
     "aside": "weights kept aside by the merge",
-    "image": "the image: key-value cache, or factors",
-    "text": "key-value cache of the text and the answer",
+    "image": "the image: cache, or factors",
+    "text": "key-value cache of text and answer",
     "total": "in use",
 }
 #: FLOPs in the unit.
@@ -46,6 +46,7 @@ def print_cost(result: Result, console: Console, *, macs: bool = False) -> None:
     unit = "MACs" if macs else "FLOPs"
     _say(console, heading(result))
     console.print(_comparison(result, unit))
+    console.print()
     if result["competitors"]:
         console.print(_competitors(result, unit))
         sources = {row["name"].split()[0]: row["source"] for row in result["competitors"]}
@@ -59,6 +60,7 @@ def print_cost(result: Result, console: Console, *, macs: bool = False) -> None:
             f"Other methods are left out: their published settings are for {PATCHES} visual tokens and more than "
             f"{DEEPEST} decoder layers.",
         )
+    console.print()
     if result["figure4"]:
         console.print(_figure4(result["figure4"], unit))
         _say(
@@ -66,6 +68,7 @@ def print_cost(result: Result, console: Console, *, macs: bool = False) -> None:
             "Paper: formulas fitted to the figure, not quoted from the paper. Code: as released, with "
             "projector or generator, low-rank paths and language model, counted exactly. Vicuna 7B, whatever --model.",
         )
+        console.print()
     convention = result["convention"]
     if macs:
         convention = convention.replace("2 FLOPs per multiply-accumulate", "multiply-accumulates")
