@@ -439,11 +439,19 @@ def test_mistakes_are_named(wrong: str, message: str, capsys: pytest.CaptureFixt
     assert message in capsys.readouterr().err
 
 
-def test_the_document_shows_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    text = (Path(__file__).parents[1] / "docs" / "cost.md").read_text(encoding="utf-8")
+def test_the_document_shows_what_the_command_prints(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    docs, target = Path(__file__).parents[1] / "docs", tmp_path / "cost.json"
+    text = (docs / "cost.md").read_text(encoding="utf-8")
     block = text.partition("<!-- cost:start -->")[2].partition("<!-- cost:end -->")[0]
     command = re.search(r"`llava-vlora (cost [^`]+)`", block)
     assert command is not None
-    assert main(command[1].split()) == 0
-    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([*command[1].split(), "--json", str(target)]) == 0
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()][:-1]
     assert block.partition("```text\n")[2].partition("\n```")[0].splitlines() == lines
+    committed = json.loads((docs / "results" / "cost-7b.json").read_text(encoding="utf-8"))
+    now = json.loads(target.read_text())
+    same = now.keys() - {"versions", "commit"}
+    assert {key: committed[key] for key in same} == {key: now[key] for key in same}
