@@ -84,7 +84,9 @@ def _sizes(folder: Path, keys: tuple[str, ...]) -> Mapping[str, Any]:
 
 
 def _complete(config: Mapping[str, Any], folder: Path, keys: tuple[str, ...]) -> Mapping[str, Any]:
-    missing = [key for key in keys if not isinstance(config.get(key), int)]
+    missing = [k for k in keys if not isinstance(config.get(k), int) or config[k] < 1]
     if missing:
-        raise CheckpointError(f"{folder / 'config.json'} lacks {listing(missing)}.")
+        raise CheckpointError(
+            f"{folder / 'config.json'} lacks {listing(missing)}, or has no number above 0 there."
+        )
     return config
