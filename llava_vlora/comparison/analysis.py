@@ -20,7 +20,7 @@ from .results import Results, Row
 
 #: What ``comparison.json`` holds.
 Comparison = dict[str, Any]
-#: A benchmark on which a model keeps this share of its score without the image says little about seeing.
+#: A benchmark on which the blind model reaches this share of the best score says little about seeing.
 NEARLY_BLIND = 0.9
 LEVEL = 0.05
 
@@ -84,7 +84,7 @@ def _benchmark(
             for row in rows
         },
         "contribution": contribution,
-        "nearly_blind": any(1 + c <= 1 / NEARLY_BLIND for c in contribution.values()),
+        "nearly_blind": bool(contribution) and 1 + max(contribution.values()) <= 1 / NEARLY_BLIND,
         "pairs": [
             _pair(a, b, credit[a], credit[b], clusters, seed)
             for a, b in combinations(rows, 2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..report.collect import format_p
@@ -56,19 +56,31 @@ def _duel(comparison: Comparison, a: str, b: str) -> list[str]:
 
 
 def _blind(comparison: Comparison) -> list[str]:
+    """Which benchmarks hardly need the image, and which models do no better than one that sees none."""
     sentences = []
     for benchmark in comparison["benchmarks"]:
-        shares = benchmark["contribution"]
-        if not shares:
-            continue
         if benchmark["nearly_blind"]:
-            kept = ", ".join(f"{name} {100 * share:+.1f} %" for name, share in shares.items())
+            gains = ", ".join(f"{n} {100 * g:+.1f} %" for n, g in benchmark["contribution"].items())
             sentences.append(
-                f"{benchmark['title']} hardly needs the image: without it {comparison['blind'][0]} keeps "
-                f"{100 * NEARLY_BLIND:.0f} % or more of a model's {benchmark['headline']} "
-                f"(the image adds: {kept})."
+                f"{benchmark['title']} hardly needs the image: without it {joined(comparison['blind'])} reaches "
+                f"{100 * NEARLY_BLIND:.0f} % or more of the best {benchmark['headline']} (the image adds: {gains})."
             )
+    for blind in comparison["blind"]:
+        for model in comparison["models"]:
+            lost = [
+                benchmark["title"]
+                for benchmark, pair in _pairs(comparison, model, blind)
+                if pair["difference"] <= 0 or pair["p_holm"] >= LEVEL
+            ]
+            if lost:
+                sentences.append(f"{model} is not clearly better than {blind} on {joined(lost)}.")
     return sentences
+
+
+def joined(names: Sequence[str]) -> str:
+    """Names in a sentence: ``a, b and c``."""
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _cost(comparison: Comparison) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..report.collect import format_p
 from .analysis import Comparison
-from .findings import findings
+from .findings import findings, joined
 
 _CSV = (
     "benchmark",
@@ -74,7 +74,7 @@ def headline(benchmark: Mapping[str, Any], label: str) -> str:
 def score_table(comparison: Comparison) -> list[list[str]]:
     """Head and lines: benchmark, metric, questions, each row's headline, chance."""
     labels = comparison["rows"]
-    lines = [["benchmark", "metric", "questions", *labels, "chance"]]
+    lines = [["Benchmark", "Metric", "Questions", *labels, "Chance"]]
     for benchmark in comparison["benchmarks"]:
         chance = benchmark["chance"]
         lines.append(
@@ -91,7 +91,7 @@ def score_table(comparison: Comparison) -> list[list[str]]:
 
 def pair_table(comparison: Comparison) -> list[list[str]]:
     """Head and lines of the paired tests between rows."""
-    head = ["benchmark", "pair", "points", "95 %", "p", "p, all benchmarks", "detectable", "test"]
+    head = ["Benchmark", "Pair", "Points", "95 %", "p", "p, all benchmarks", "Detectable", "Test"]
     lines = [head]
     for benchmark in comparison["benchmarks"]:
         for pair in benchmark["pairs"]:
@@ -114,7 +114,7 @@ def pair_table(comparison: Comparison) -> list[list[str]]:
 def contribution_table(comparison: Comparison) -> list[list[str]]:
     """Head and lines of what the image adds to the headline score, in percent of the blind one."""
     models = comparison["models"]
-    lines = [["benchmark", *models]]
+    lines = [["Benchmark", *models]]
     for benchmark in comparison["benchmarks"]:
         found = benchmark["contribution"]
         if found:
@@ -132,7 +132,7 @@ def markdown_table(lines: list[list[str]]) -> str:
 
 def to_markdown(comparison: Comparison) -> str:
     """Findings and tables."""
-    parts = ["# " + " and ".join(comparison["models"]) + "\n"]
+    parts = [f"# {joined(comparison['models'])}\n"]
     parts += ["".join(f"- {sentence}\n" for sentence in findings(comparison))]
     parts += ["## Scores\n", markdown_table(score_table(comparison))]
     parts += [

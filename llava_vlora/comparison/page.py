@@ -13,7 +13,7 @@ from ..evaluation.files import read_rows
 from ..report.markup import CSS, figure, table
 from .analysis import NEARLY_BLIND, Comparison
 from .disagreements import FILE
-from .findings import findings
+from .findings import findings, joined
 from .outputs import contribution_table, headline, pair_table, value
 from .plots import colors
 
@@ -22,6 +22,7 @@ main { max-width: 1180px; }
 .scroll { overflow-x: auto; }
 .scroll table { min-width: 100%; width: auto; }
 .scroll td:not(:first-child) { white-space: nowrap; }
+.sample td:first-child { width: auto; white-space: nowrap; padding-right: 12px; }
 .sample img { object-fit: contain; background: var(--tint); }
 .sample .text { white-space: pre-wrap; overflow-wrap: anywhere; }
 """
@@ -35,7 +36,7 @@ def render_page(comparison: Comparison, plots: Mapping[str, Path], folder: Path)
         plots: PNG files by name, as :mod:`llava_vlora.comparison.plots` makes them.
         folder: The run folder, for disagreements and their pictures.
     """
-    title = " and ".join(comparison["models"])
+    title = joined(comparison["models"])
     sections = [
         _header(comparison, title),
         _scores(comparison, plots),
@@ -161,7 +162,7 @@ def _image(comparison: Comparison) -> str:
     return (
         "<h2>What the image adds</h2><p>(Score with image &minus; score without) / score without, of the headline "
         f"metric. Without images answered: {escape(', '.join(comparison['blind']))}. A benchmark on which the blind "
-        f"model keeps {100 * NEARLY_BLIND:.0f} % of a model's score or more says little about seeing.{named}</p>"
+        f"model reaches {100 * NEARLY_BLIND:.0f} % of the best score says little about seeing.{named}</p>"
         + _lines(lines)
     )
 

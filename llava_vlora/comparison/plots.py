@@ -7,13 +7,12 @@ from itertools import cycle
 
 from matplotlib.figure import Figure
 
-from ..report.plots import new_figure
+from ..report.plots import GRID, new_figure
 from .analysis import Comparison
 
 #: Okabe and Ito, told apart by colour-blind readers too; blind rows are grey.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _BLIND = ("#999999", "#bbbbbb", "#777777")
-_INK = "#1f2933"
 
 
 def colors(comparison: Comparison) -> dict[str, str]:
@@ -27,29 +26,32 @@ def credit_plot(comparison: Comparison) -> Figure:
     """Mean credit of all rows on each benchmark, with 95 % intervals."""
     scored = [b for b in comparison["benchmarks"] if b["scored"]]
     shown = colors(comparison)
-    figure, (axes,) = new_figure(10.5, 4.2, 1)
-    width = 0.8 / max(1, len(shown))
+    figure, (axes,) = new_figure(10.5, 0.9 + 0.22 * len(scored) * (1 + len(shown)), 1)
+    step = 0.7 / len(shown)
     for i, (label, color) in enumerate(shown.items()):
         found = [
-            (k, b["rows"][label]["credit"]) for k, b in enumerate(scored) if label in b["rows"]
+            (k + (i + 0.5) * step - 0.35, b["rows"][label]["credit"])
+            for k, b in enumerate(scored)
+            if label in b["rows"]
         ]
-        places = [k - 0.4 + (i + 0.5) * width for k, _ in found]
         means = [credit["mean"] for _, credit in found]
         arms = (
             [max(0.0, c["mean"] - c["interval"][0]) for _, c in found],
             [max(0.0, c["interval"][1] - c["mean"]) for _, c in found],
         )
-        axes.bar(places, means, width, color=color, label=label, edgecolor="white", linewidth=0.5)
-        axes.errorbar(places, means, arms, fmt="none", ecolor=_INK, elinewidth=1, capsize=2.5)
-    axes.set_xticks(range(len(scored)), [_wrapped(b["title"], b["scored"]) for b in scored])
-    axes.set_ylabel("Mean credit of a question, %")
-    axes.set_ylim(0, 105)
+        axes.errorbar(
+            means, [y for y, _ in found], xerr=arms, fmt="o", color=color, label=label, capsize=3
+        )
+    for k in range(1, len(scored)):
+        axes.axhline(k - 0.5, color=GRID)
+    axes.set_yticks(range(len(scored)), [f"{b['title']}\nn = {b['scored']:,}" for b in scored])
+    axes.set_ylim(len(scored) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+    axes.grid(axis="x", color=GRID)
+    axes.set_xlabel("Mean credit of a question, %")
+    axes.set_xlim(0, 100)
     figure.legend(loc="outside upper center", ncols=min(4, len(shown)), frameon=False)
     return figure
-
-
-def _wrapped(title: str, count: int) -> str:
-    return title.replace(", ", ",\n").replace(" ", "\n", 1) + f"\nn = {count}"
 
 
 def tradeoff_plot(comparison: Comparison) -> Figure:
@@ -69,7 +71,8 @@ def tradeoff_plot(comparison: Comparison) -> Figure:
             )
         axes.set_xlabel(name)
         axes.set_xlim(left=0)
-        axes.margins(x=0.2, y=0.3)
+        axes.margins(x=0.2)
+        axes.set_ylim(0, 110)
     panels[0].set_ylabel("Mean credit over benchmarks, %")
     return figure
 
