@@ -8,4 +8,4 @@ scorer llava.eval.eval_pope \
     --annotation-dir "$DATA/pope/coco" \
     --question-file "$DATA/pope/llava_pope_test.jsonl" \
     --result-file "$RESULTS" ||
-    fail "LLaVA's scorer has failed; it divides by zero for a model that says yes to nothing that is there"
+    fail "LLaVA's scorer has failed (see above); it divides by zero where the model finds nothing that is there"

@@ -9,4 +9,4 @@ converter convert_seed_for_submission.py \
     --annotation-file "$DATA/seed_bench/SEED-Bench.json" \
     --result-file "$RESULTS" \
     --result-upload-file "$ANSWERS/seed_bench/answers_upload/$CKPT.jsonl" ||
-    fail "LLaVA's script has failed; it does so where all answers of one type of question are wrong"
+    fail "LLaVA's script has failed (see above); it does so where all answers of one type of question are wrong"
