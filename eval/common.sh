@@ -116,10 +116,15 @@ converter() {
     run python "$LLAVA/scripts/$1" "${@:2}"
 }
 
-# table: MMBench's upload file of the answers, from its own table SPLIT.
+# table: MMBench's upload file of the answers to its own table SPLIT; llava-vlora writes one where openpyxl is installed.
 table() {
-    local folder=$ANSWERS/mmbench/answers_upload/$SPLIT
+    local folder=$ANSWERS/mmbench/answers_upload/$SPLIT ours=$OUT/$BENCHMARK/$CKPT.upload.xlsx
     run mkdir -p "$folder"
+    if [[ -z $LLAVA && -f $ours ]]; then
+        run cp "$ours" "$folder/$CKPT.xlsx"
+        echo "To submit: $folder/$CKPT.xlsx"
+        return
+    fi
     converter convert_mmbench_for_submission.py --annotation-file "$DATA/mmbench/$SPLIT.tsv" \
         --result-dir "$(dirname "$RESULTS")" --upload-dir "$folder" --experiment "$CKPT"
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# MMBench dev, Chinese: circular accuracy by llava-vlora, and a table for the server if LLAVA is set.
+# MMBench dev, Chinese: circular accuracy by llava-vlora, and a table for the server.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 

@@ -57,8 +57,16 @@ RECIPES = {
     "textvqa": ("textvqa", "textvqa/answers/m.jsonl", None),
     "pope": ("pope", "pope/answers/m.jsonl", None),
     "mme": ("mme", "MME/answers/m.jsonl", None),
-    "mmbench": ("mmbench", "mmbench/answers/mmbench_dev_20230712/m.jsonl", None),
-    "mmbench_cn": ("mmbench-cn", "mmbench/answers/mmbench_dev_cn_20231003/m.jsonl", None),
+    "mmbench": (
+        "mmbench",
+        "mmbench/answers/mmbench_dev_20230712/m.jsonl",
+        "mmbench/answers_upload/mmbench_dev_20230712/m.xlsx",
+    ),
+    "mmbench_cn": (
+        "mmbench-cn",
+        "mmbench/answers/mmbench_dev_cn_20231003/m.jsonl",
+        "mmbench/answers_upload/mmbench_dev_cn_20231003/m.xlsx",
+    ),
     "seed": ("seed", "seed_bench/answers/m/merge.jsonl", None),
     "llavabench": ("llava-bench", "llava-bench-in-the-wild/answers/m.jsonl", None),
     "mmvet": ("mm-vet", "mm-vet/answers/m.jsonl", "mm-vet/results/m.json"),
@@ -676,8 +684,6 @@ SAID = {
     "textvqa": "LLaVA's own llava.eval.eval_textvqa:\nm\nSamples: 3\nAccuracy: ",
     "pope": "Category: popular, # samples: 2",
     "mme": "There is no {data}/MME/eval_tool/calculation.py",
-    "mmbench": "Set LLAVA to a source checkout of LLaVA",
-    "mmbench_cn": "Set LLAVA to a source checkout of LLaVA",
     "seed": "Set LLAVA to a source checkout of LLaVA",
     "llavabench": "eval_gpt_review_bench.py --question {data}/llava-bench-in-the-wild/questions.jsonl",
 }
@@ -699,7 +705,8 @@ def test_recipes_run(name: str, checkpoint: Path, data: Path, tmp_path: Path, py
     assert found == (own / benchmark / "m.jsonl").read_bytes()
     assert len(found.splitlines()) == len(find(benchmark).read(data))
     if upload is not None:
-        assert (left / upload).read_bytes() == (own / benchmark / "m.upload.json").read_bytes()
+        ours = own / benchmark / f"m.upload{Path(upload).suffix}"
+        assert (left / upload).read_bytes() == ours.read_bytes()
 
 
 @pytest.mark.slow

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from llava.conversation import conv_templates
+from llava.mm_utils import tokenizer_image_token
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from llava_vlora.benchmarks import find
 from llava_vlora.benchmarks.base import Sample
@@ -17,7 +21,9 @@ from llava_vlora.cli import main
 from llava_vlora.errors import AnswersError
 from llava_vlora.evaluation import running
 from llava_vlora.evaluation.answer_log import AnswerLog
+from llava_vlora.evaluation.files import read_rows
 from llava_vlora.evaluation.fingerprint import fingerprint
+from llava_vlora.integration.api import Loaded, prompt_ids
 from tests.test_benchmarks import make_pope, make_scienceqa, make_textvqa
 from tests.tiny import COLOURS
 from tests.two_stacks import run_processes, train_all, trained
@@ -249,6 +255,40 @@ def test_rows_that_do_not_belong_are_named(line: str, part: str, tmp_path: Path)
     assert file.read_text() == text
     with pytest.raises(AnswersError, match="lacks 2 answers, the first to 1"):
         log.finish()
+
+
+def test_answers_with_odd_line_ends_and_other_scripts_stay_whole(tmp_path: Path) -> None:
+    """Lines end at a line feed alone; files are ASCII, as LLaVA writes them."""
+    said = {0: "one\u2028two\x85three\x0cfour", 1: "图\n中", 2: "\x1c"}
+    log = AnswerLog(tmp_path / "a.jsonl", "m", "k", SAMPLES)
+    log.append(said)
+    log.finish()
+    assert AnswerLog(tmp_path / "a.jsonl", "m", "k", SAMPLES).answers == said
+    (tmp_path / "a.jsonl").read_bytes().decode("ascii")
+    assert [r["text"] for r in read_rows(tmp_path / "a.jsonl", ("text",))] == list(said.values())
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_prompts_have_the_marks_a_model_was_trained_with(model: Path, marked: bool) -> None:
+    """LLaVA's evaluators put <im_start> and <im_end> around the image for models that know them."""
+    tokenizer = AutoTokenizer.from_pretrained(model, use_fast=False)
+    config = SimpleNamespace(mm_use_im_start_end=marked)
+    loaded = Loaded(tokenizer, SimpleNamespace(config=config), None, 2048)
+    conversation = conv_templates["vicuna_v1"].copy()
+    slot = "<im_start><image><im_end>" if marked else "<image>"
+    conversation.append_message(conversation.roles[0], f"{slot}\nWhat?")
+    conversation.append_message(conversation.roles[1], None)
+    theirs = tokenizer_image_token(conversation.get_prompt(), tokenizer, return_tensors="pt")
+    assert prompt_ids(loaded, "What?").equal(theirs)
+
+
+def test_checkpoints_of_two_runs_have_two_names(model: Path, data: Path, tmp_path: Path) -> None:
+    link = tmp_path / "run" / "checkpoint-5"
+    link.parent.mkdir()
+    shutil.copytree(model, link)
+    flags = ["--model", link, "--benchmarks", "scienceqa", "--data", data, "--device", "cpu"]
+    assert main(["eval", *map(str, flags), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "scienceqa" / "run_checkpoint-5.jsonl").is_file()
 
 
 def test_fingerprint_follows_weights_and_config(tmp_path: Path, model: Path) -> None:

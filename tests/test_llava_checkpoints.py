@@ -55,7 +55,7 @@ def logits(loaded: Any, picture: Path) -> Tensor:
     """Of one question about one picture, ``[N, vocab]``."""
     from llava_vlora.integration.api import pixel_values, prompt_ids
 
-    ids = prompt_ids(loaded.tokenizer, "What colour is the image?")[None]
+    ids = prompt_ids(loaded, "What colour is the image?")[None]
     with torch.no_grad():
         return (
             loaded.model(ids, images=pixel_values([Image.open(picture)], loaded)).logits[0].float()

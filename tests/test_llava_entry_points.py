@@ -90,7 +90,7 @@ def expected(checkpoints: dict[str, Path], data_dir: Path) -> dict[str, list[str
     for kind, checkpoint in checkpoints.items():
         loaded, found = load(str(checkpoint)), []
         for question, seen in [*((q, True) for q in QUESTIONS), (QUESTIONS[2], False)]:
-            ids = prompt_ids(loaded.tokenizer, str(question["text"]), image=seen)[None]
+            ids = prompt_ids(loaded, str(question["text"]), image=seen)[None]
             picture = Image.open(data_dir / "images" / str(question["image"]))
             images = pixel_values([picture], loaded).half() if seen else None
             with torch.inference_mode():

@@ -56,6 +56,12 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     prepare.add_argument("--workers", type=positive, default=cores(), help="default: one a core")
 
 
+def _name(folder: Path) -> str:
+    """LLaVA's name of a model, which tells the checkpoints of two runs apart."""
+    run = f"{folder.parent.name}_" if folder.name.startswith("checkpoint-") else ""
+    return run + folder.name
+
+
 def add_asking_arguments(parser: argparse.ArgumentParser) -> None:
     """What every verb takes that has models answer benchmarks."""
     from ..benchmarks import names
@@ -97,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.model is None:
         raise ConfigError("Give --model; `llava-vlora eval --help` has an example.")
-    name = args.name or Path(args.model).expanduser().resolve().name
+    name = args.name or _name(Path(args.model).expanduser().resolve())
     asked = evaluation(args, args.model, args.model_base, name)
     evaluate(dataclasses.replace(asked, see=not args.blind), console)
     return 0

@@ -53,7 +53,7 @@ class AnswerLog:
         whole = data.rfind(b"\n") + 1
         if whole < len(data) and cut:
             os.truncate(path, whole)
-        for number, line in enumerate(data[:whole].decode("utf-8").splitlines(), start=1):
+        for number, line in enumerate(data[:whole].decode("utf-8").split("\n")[:-1], start=1):
             self._accept(line, f"{path}, line {number}")
 
     def _accept(self, line: str, place: str) -> None:
@@ -87,7 +87,7 @@ class AnswerLog:
         rows = [self.row(self._by_id[name], text) for name, text in found.items()]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.writelines(json.dumps(row) + "\n" for row in rows)
             file.flush()
             os.fsync(file.fileno())
         self.answers.update(found)

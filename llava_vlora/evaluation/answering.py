@@ -82,7 +82,7 @@ def answer(
     Returns:
         The answers in the order of the questions.
     """
-    prompts = [prompt_ids(loaded.tokenizer, q.text, image=see) for q in questions]
+    prompts = [prompt_ids(loaded, q.text, image=see) for q in questions]
     texts = [""] * len(questions)
     done = 0
     for batch in _equal_lengths(prompts, batch_size):

@@ -127,7 +127,7 @@ def cost_of_answer(loaded: api.Loaded, sample: Sample) -> dict[str, Any]:
     timing = measure_times(
         {"model": loaded}, question, image, new_tokens=_NEW_TOKENS, repeats=_REPEATS
     )["model"]
-    ids = api.prompt_ids(loaded.tokenizer, question).unsqueeze(0)
+    ids = api.prompt_ids(loaded, question).unsqueeze(0)
     peak = peak_bytes(partial(generate, loaded, ids, [image], max_new_tokens=1), model.device)
     counts = parameter_counts(loaded)
     return {

@@ -40,8 +40,8 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_rows(path: Path, rows: Iterable[object]) -> None:
-    """Write one JSON value a line, whole or not at all."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """Write one JSON value a line, in ASCII as LLaVA does, whole or not at all."""
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 #: What to do about a missing file that this package writes.
@@ -78,7 +78,7 @@ def read_lines(
 ) -> list[tuple[str, dict[str, Any]]]:
     """The same rows with the place of each, ``<file>, line <number>``; empty lines are left out."""
     rows = []
-    for number, line in enumerate(_text(path, hint).splitlines(), start=1):
+    for number, line in enumerate(_text(path, hint).split("\n"), start=1):
         if not line.strip():
             continue
         place = f"{path}, line {number}"

@@ -79,7 +79,7 @@ def measure_times(
 
 
 def _seconds(loaded: Loaded, question: str, image: Image.Image, new_tokens: int) -> float:
-    ids = prompt_ids(loaded.tokenizer, question).unsqueeze(0)
+    ids = prompt_ids(loaded, question).unsqueeze(0)
     _synchronise(loaded)
     start = time.perf_counter()
     # The model may not stop early: its answers differ in length, the measurement must not.
@@ -108,7 +108,7 @@ def sequence_length(loaded: Loaded, question: str, image: Image.Image) -> int:
     layer = loaded.model.get_model().layers[0]
     handle = layer.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        ids = prompt_ids(loaded.tokenizer, question).unsqueeze(0)
+        ids = prompt_ids(loaded, question).unsqueeze(0)
         generate(loaded, ids, [image], max_new_tokens=1)
     finally:
         handle.remove()
@@ -117,7 +117,7 @@ def sequence_length(loaded: Loaded, question: str, image: Image.Image) -> int:
 
 def text_length(loaded: Loaded, question: str) -> int:
     """Tokens of the prompt without the image."""
-    return int((prompt_ids(loaded.tokenizer, question) >= 0).sum())
+    return int((prompt_ids(loaded, question) >= 0).sum())
 
 
 def parameter_counts(loaded: Loaded) -> dict[str, int]:

@@ -142,7 +142,7 @@ def _by_length(
     groups: dict[tuple[bool, int], tuple[list[Tensor], list[Sample]]] = {}
     for sample in samples:
         seen = asking.see and sample.image is not None
-        ids = prompt_ids(loaded.tokenizer, sample.prompt, conv_mode=asking.conv_mode, image=seen)
+        ids = prompt_ids(loaded, sample.prompt, conv_mode=asking.conv_mode, image=seen)
         group = groups.setdefault((seen, len(ids)), ([], []))
         group[0].append(ids)
         group[1].append(sample)

@@ -94,7 +94,7 @@ def run_memory(args: argparse.Namespace, questions: list[Question], images: Path
     loaded = _load(args.model, args.device)
     after_load = peak_memory(device)
     question = typical(questions)
-    ids = api.prompt_ids(loaded.tokenizer, question.text).unsqueeze(0)
+    ids = api.prompt_ids(loaded, question.text).unsqueeze(0)
     image = open_images([question.image], images)
     generate(loaded, ids, image, min_new_tokens=16, max_new_tokens=16)
     write_json(

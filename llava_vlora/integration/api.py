@@ -61,16 +61,15 @@ def load(
 
 
 def prompt_ids(
-    tokenizer: Any, question: str, *, conv_mode: str = "vicuna_v1", image: bool = True
+    loaded: Loaded, question: str, *, conv_mode: str = "vicuna_v1", image: bool = True
 ) -> Tensor:
     """Token ids ``[N]`` of one question in LLaVA's prompt, with -200 where the image goes.
 
     Raises:
         ConfigError: LLaVA has no such conversation template.
     """
-    conversation = _template(conv_mode)
-    message = f"{DEFAULT_IMAGE_TOKEN}\n{question}" if image else question
-    return _ids(conversation, [(message, None)], tokenizer)
+    message = f"{_slot(loaded)}\n{question}" if image else question
+    return _ids(_template(conv_mode), [(message, None)], loaded.tokenizer)
 
 
 def conversation_ids(
@@ -86,12 +85,17 @@ def conversation_ids(
     Raises:
         ConfigError: LLaVA has no such conversation template.
     """
-    conversation = _template(conv_mode)
-    slot = DEFAULT_IMAGE_TOKEN
+    (first, answer), *later = turns
+    shown = [(f"{_slot(loaded)}\n{first}", answer), *later]
+    return _ids(_template(conv_mode), shown, loaded.tokenizer)
+
+
+def _slot(loaded: Loaded) -> str:
+    """Where the image goes, as LLaVA's evaluators write it for this model."""
+    slot: str = DEFAULT_IMAGE_TOKEN
     if getattr(loaded.model.config, "mm_use_im_start_end", False):
         slot = f"{DEFAULT_IM_START_TOKEN}{slot}{DEFAULT_IM_END_TOKEN}"
-    (first, answer), *later = turns
-    return _ids(conversation, [(f"{slot}\n{first}", answer), *later], loaded.tokenizer)
+    return slot
 
 
 def stop_text(conv_mode: str) -> str:
