@@ -120,7 +120,7 @@ converter() {
 table() {
     local folder=$ANSWERS/mmbench/answers_upload/$SPLIT ours=$OUT/$BENCHMARK/$CKPT.upload.xlsx
     run mkdir -p "$folder"
-    if [[ -z $LLAVA && -f $ours ]]; then
+    if [[ -z $LLAVA && (-f $ours || ${DRY_RUN:-0} == 1) ]]; then
         run cp "$ours" "$folder/$CKPT.xlsx"
         echo "To submit: $folder/$CKPT.xlsx"
         return

@@ -544,9 +544,9 @@ def test_a_recipe_names_what_it_runs(name: str) -> None:
         "--bits": "4",
     }
     copies = [(f"runs/eval/{benchmark}/m.jsonl", f"{root}/{answers}")]
-    copies += (
-        [] if upload is None else [(f"runs/eval/{benchmark}/m.upload.json", f"{root}/{upload}")]
-    )
+    if upload is not None:
+        made_here = f"runs/eval/{benchmark}/m.upload{Path(upload).suffix}"
+        copies.append((made_here, f"{root}/{upload}"))
     assert [tuple(words[1:]) for words in found if words[0] == "cp"] == copies
     made = {words[2] for words in found if words[:2] == ["mkdir", "-p"]}
     assert {str(Path(target).parent) for _, target in copies} <= made
