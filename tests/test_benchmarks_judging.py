@@ -427,8 +427,8 @@ def test_prepare_reads(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     make_mmmu(tmp_path)
     code = main(["eval", "prepare", name, "--data", str(tmp_path), "--workers", "1"])
     said = capsys.readouterr().out
-    # Only these two have no published number of rows to miss.
-    assert code == (0 if name in ("hallusionbench", "mmmu-parquet") else 1)
+    # Only this one has no published number of rows nor hash to miss.
+    assert code == (0 if name == "mmmu-parquet" else 1)
     questions = 6 if name.startswith("hallusion") else 3
     assert f"{questions} questions: " in said
     assert "BROKEN" not in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ from PIL import Image
 from llava_vlora.benchmarks import find
 from llava_vlora.benchmarks.base import FilePicture, Sample
 from llava_vlora.benchmarks.docvqa import anls
+from llava_vlora.benchmarks.image_tables import vlmevalkit
+from llava_vlora.benchmarks.ocrbench import OCRBench
 from llava_vlora.cli import main
 from llava_vlora.errors import DataError, ImageError
 from llava_vlora.sceneqa import write_dataset
@@ -238,3 +241,21 @@ def test_prepare_counts_and_reads(tmp_path: Path, capsys: pytest.CaptureFixture[
     image.write_bytes(image.read_bytes()[:20])
     assert main(["eval", "prepare", "sceneqa", *command[-4:]]) == 1
     assert f"BROKEN  {image}" in capsys.readouterr().out
+
+
+def test_prepare_knows_the_published_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_ocrbench(tmp_path)
+    flags = ["eval", "prepare", "ocrbench", "--data", str(tmp_path)]
+    data = (tmp_path / "ocrbench" / "OCRBench.tsv").read_bytes()
+    md5 = hashlib.md5(data).hexdigest()
+    assert main(flags) == 1
+    said = capsys.readouterr().out
+    assert f"OTHER FILE  {tmp_path}/ocrbench/OCRBench.tsv: 4 of 1000, MD5 {md5}" in said
+    assert "published: e953d98a987cc6e26ef717b61260b778, from opencompass" in said
+    assert main([*flags, "--quick"]) == 1
+    assert "MD5" not in capsys.readouterr().out
+    monkeypatch.setattr(OCRBench, "needs", (vlmevalkit("OCRBench.tsv", 4, "0", md5),))
+    assert main(flags) == 0
+    assert "here  " in capsys.readouterr().out

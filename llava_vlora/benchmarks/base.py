@@ -122,6 +122,8 @@ class Need:
     """Where to get it."""
     count: int | None = None
     """Rows of a file or images of a folder in the published version."""
+    md5: tuple[str, ...] = ()
+    """Of the published versions of a file, where its publisher states them."""
 
 
 class Benchmark(ABC):

@@ -20,7 +20,9 @@ class DocVQA(Benchmark):
     citation = "arXiv 2007.00398; ANLS of arXiv 1907.00490, section 3, as lmms-eval computes it"
     folder = "docvqa"
     ask = "Answer the question using a single word or phrase."
-    needs: tuple[Need, ...] = (vlmevalkit("DocVQA_VAL.tsv", 5349),)
+    needs: tuple[Need, ...] = (
+        vlmevalkit("DocVQA_VAL.tsv", 5349, "d5ee77e1926ff10690d469c56b73eabf"),
+    )
 
     def read(self, root: Path) -> list[Sample]:
         """All rows; questions about one document share the image of a row."""

@@ -42,7 +42,9 @@ class HallusionBench(Benchmark):
     )
     folder = "hallusionbench"
     max_new_tokens = 512
-    needs: tuple[Need, ...] = (vlmevalkit("HallusionBench.tsv", None),)
+    needs: tuple[Need, ...] = (
+        vlmevalkit("HallusionBench.tsv", None, "0c23ac0dc9ef46832d7a24504f2a0c7c"),
+    )
 
     def read(self, root: Path) -> list[Sample]:
         """All rows; those of figure 0 of a visual supplement (VS) are asked without an image."""

@@ -14,13 +14,14 @@ from .tables import Row, distinct, tab_separated
 _NAME = 64
 
 
-def vlmevalkit(file: str, count: int | None) -> Need:
-    """One of VLMEvalKit's tables."""
+def vlmevalkit(file: str, count: int | None, *md5: str) -> Need:
+    """One of VLMEvalKit's tables, with the hashes that its source states."""
     return Need(
         file,
         "questions, images and answers",
         f"opencompass.openxlab.space/utils/VLMEval/{file}",
         count,
+        md5,
     )
 
 

@@ -13,4 +13,4 @@ class InfoVQA(DocVQA):
     title = "InfographicVQA val"
     citation = "arXiv 2104.12756; ANLS of arXiv 1907.00490, section 3, as lmms-eval computes it"
     folder = "infovqa"
-    needs = (vlmevalkit("InfoVQA_VAL.tsv", 2801),)
+    needs = (vlmevalkit("InfoVQA_VAL.tsv", 2801, "2342e9c225222f0ef4dec545ebb126fe"),)

@@ -170,7 +170,7 @@ class CCBench(MMBenchChinese):
     title = "CCBench"
     folder = "ccbench"
     file = "CCBench.tsv"
-    needs = (vlmevalkit(file, 2040),)
+    needs = (vlmevalkit(file, 2040, "1de88b4257e7eee3f60b18d45eda6f07"),)
 
 
 def _none(text: str) -> bool:

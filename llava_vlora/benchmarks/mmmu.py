@@ -50,7 +50,14 @@ class MMMU(Benchmark):
         "asking a language model"
     )
     folder = "mmmu"
-    needs: tuple[Need, ...] = (vlmevalkit("MMMU_DEV_VAL.tsv", 1050),)
+    needs: tuple[Need, ...] = (
+        vlmevalkit(
+            "MMMU_DEV_VAL.tsv",
+            1050,
+            "521afc0f3bf341e6654327792781644d",
+            "585e8ad75e73f75dcad265dfd0417d64",  # with answers that were corrected later
+        ),
+    )
 
     def read(self, root: Path) -> list[Sample]:
         """The rows of the validation split; the table has the development split as well."""

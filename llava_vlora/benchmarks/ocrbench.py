@@ -35,7 +35,7 @@ class OCRBench(Benchmark):
     citation = "arXiv 2305.07895; prompt and scores as in its scripts/LLaVA1_5.py"
     folder = "ocrbench"
     ask = "Answer the question using a single word or phrase."
-    needs = (vlmevalkit("OCRBench.tsv", _ALL),)
+    needs = (vlmevalkit("OCRBench.tsv", _ALL, "e953d98a987cc6e26ef717b61260b778"),)
 
     def read(self, root: Path) -> list[Sample]:
         """All rows."""

@@ -52,7 +52,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     prepare.add_argument("names", nargs="+", metavar="BENCH", help=", ".join(names()))
     prepare.add_argument("--data", type=Path, default=_DATA, help=f"default: {_DATA}")
-    prepare.add_argument("--quick", action="store_true", help="do not read the images")
+    prepare.add_argument("--quick", action="store_true", help="read no images and hash no files")
     prepare.add_argument("--workers", type=positive, default=cores(), help="default: one a core")
 
 
@@ -127,12 +127,16 @@ def _look(benchmark: Benchmark, args: argparse.Namespace, console: Console) -> b
         console.print(text, style=style, markup=False, soft_wrap=True)
 
     say(f"{benchmark.title} ({benchmark.name}; {benchmark.citation})", "bold")
-    found = look(benchmark, args.data)
+    found = look(benchmark, args.data, hashes=not args.quick)
     for one in found:
         expected = f" of {one.need.count}" if one.need.count and not one.complete else ""
         counted = f": {one.count}{expected}" if one.count is not None else ""
         if one.here:
-            say(f"  {'here' if one.complete else 'OTHER COUNT'}  {one.path}{counted}")
+            state = "here" if one.complete else "OTHER COUNT" if one.published else "OTHER FILE"
+            hashed = f", MD5 {one.md5}" if one.md5 else ""
+            say(f"  {state}  {one.path}{counted}{hashed}")
+            if not one.published:
+                say(f"    published: {' or '.join(one.need.md5)}, from {one.need.source}")
         else:
             say(f"  MISSING  {one.path}: {one.need.what}, from {one.need.source}")
     if not all(one.here for one in found):

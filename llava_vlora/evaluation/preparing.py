@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,21 +26,45 @@ class Found:
     here: bool
     count: int | None
     """Rows, entries or images; None where that cannot be said."""
+    md5: str | None = None
+    """Of the file, where the publisher states its own and it was asked for."""
 
     @property
     def complete(self) -> bool:
         """Whether it is there and has as much as the published version."""
-        return self.here and (self.need.count is None or self.count in (None, self.need.count))
+        counted = self.need.count is None or self.count in (None, self.need.count)
+        return self.here and counted and self.published
+
+    @property
+    def published(self) -> bool:
+        """Whether it has the published hash, as far as that is known."""
+        return self.md5 is None or self.md5 in self.need.md5
 
 
-def look(benchmark: Benchmark, root: Path) -> list[Found]:
-    """Look for all that a benchmark reads."""
+def look(benchmark: Benchmark, root: Path, *, hashes: bool = True) -> list[Found]:
+    """Look for all that a benchmark reads.
+
+    Args:
+        benchmark: The benchmark.
+        root: Folder of all benchmarks.
+        hashes: Whether to hash files whose hash is published.
+    """
     found = []
     for need in benchmark.needs:
         path = root / benchmark.folder / need.path
         here = path.exists()
-        found.append(Found(need, path, here, _count(path) if here else None))
+        known = bool(need.md5) and hashes and path.is_file()
+        md5 = _md5(path) if known else None
+        found.append(Found(need, path, here, _count(path) if here else None, md5))
     return found
+
+
+def _md5(path: Path) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _count(path: Path) -> int | None:
