@@ -20,8 +20,8 @@ from llava_vlora.comparison.findings import findings
 from llava_vlora.comparison.results import Row, read_results
 from llava_vlora.errors import DataError
 from tests.test_benchmarks import make_pope, make_scienceqa
-from tests.test_evaluation import paint
-from tests.two_stacks import train_all, trained
+from tests.test_evaluation import CLI, paint
+from tests.two_stacks import run_processes, train_all, trained
 
 # --- a folder made by hand -------------------------------------------------------------------------
 
@@ -289,6 +289,15 @@ def test_mistakes_are_named_before_anything_is_loaded(
     assert main([*flags, "--out", str(tmp_path / "out"), *change]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("out/*/*.jsonl"))
+
+
+@pytest.mark.slow
+def test_two_processes_compare_as_one(compared: Path, flags: list[str], tmp_path: Path) -> None:
+    done = run_processes(*flags, "--out", tmp_path, code=CLI)
+    assert done.code == 0, done.errors[-3000:]
+    found = read(tmp_path)
+    assert found["benchmarks"] == read(compared)["benchmarks"]
+    assert set(found["costs"]) == {"llava", "vlora"}
 
 
 @pytest.mark.slow

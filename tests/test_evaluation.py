@@ -28,7 +28,7 @@ from tests.test_benchmarks import make_pope, make_scienceqa, make_textvqa
 from tests.tiny import COLOURS
 from tests.two_stacks import run_processes, train_all, trained
 
-_CLI = "import sys\nfrom llava_vlora.cli import main\nraise SystemExit(main(sys.argv[1:]))\n"
+CLI = "import sys\nfrom llava_vlora.cli import main\nraise SystemExit(main(sys.argv[1:]))\n"
 
 
 def paint(root: Path) -> None:
@@ -125,7 +125,7 @@ def test_answers_do_not_depend_on_the_batch(
 @pytest.mark.slow
 def test_two_processes_answer_as_one(whole: Path, model: Path, data: Path, tmp_path: Path) -> None:
     flags = ["--model", model, "--name", "m", "--data", data, "--out", tmp_path, "--device", "cpu"]
-    done = run_processes("eval", *flags, "--benchmarks", "pope,scienceqa", code=_CLI)
+    done = run_processes("eval", *flags, "--benchmarks", "pope,scienceqa", code=CLI)
     assert done.code == 0, done.errors[-3000:]
     for name in ("pope", "scienceqa"):
         found = tmp_path / name
