@@ -46,6 +46,16 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
+    """Models of which only the sizes are wanted."""
+    parser.add_argument(
+        "--model", default="7b", help="tiny, 1b, 7b, 13b or a folder with config.json (default: 7b)"
+    )
+    parser.add_argument(
+        "--vision-tower", help="name or folder (default: the model's own, else CLIP ViT-L/14-336)"
+    )
+
+
 def _at_least(least: int, text: str) -> int:
     value = int(text)
     if value < least:

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .arguments import add_shape_arguments
+
 if TYPE_CHECKING:
     from ..bench.shapes import Shape
 
@@ -27,12 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--model", default="7b", help="tiny, 1b, 7b, 13b or a folder with config.json (default: 7b)"
-    )
-    parser.add_argument(
-        "--vision-tower", help="name or folder (default: the model's own, else CLIP ViT-L/14-336)"
-    )
+    add_shape_arguments(parser)
     parser.add_argument("--image-size", type=int, help="pixels (default: the vision tower's)")
     parser.add_argument("--image-tokens", type=int, help="patches, instead of --image-size")
     parser.add_argument("--text-tokens", type=int, default=64, help="of the prompt (default: 64)")

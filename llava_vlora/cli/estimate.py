@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .arguments import add_shape_arguments
+
 _EPILOG = """\
   llava-vlora estimate --model 7b --stage pretrain --gpus 8
   llava-vlora estimate --model path/to/vicuna-7b --stage finetune --gpus 8 --zero 2
@@ -25,12 +27,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--model", default="7b", help="tiny, 1b, 7b, 13b or a folder with config.json (default: 7b)"
-    )
-    parser.add_argument(
-        "--vision-tower", help="name or folder (default: the model's own, else CLIP ViT-L/14-336)"
-    )
+    add_shape_arguments(parser)
     parser.add_argument(
         "--stage", default="finetune", help="pretrain, finetune (default), lora or qlora"
     )
