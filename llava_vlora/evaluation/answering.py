@@ -30,7 +30,7 @@ def open_images(names: Sequence[str], folder: Path) -> list[Image.Image]:
 def generate(
     loaded: Loaded, ids: Tensor, images: Sequence[Image.Image] | None, **options: object
 ) -> Tensor:
-    """LLaVA's own call, greedy.
+    """LLaVA's own call, greedy unless the options say otherwise.
 
     Args:
         loaded: The model.
@@ -51,9 +51,7 @@ def generate(
         image_sizes=None if images is None else [image.size for image in images],
         attention_mask=torch.ones_like(ids, device=loaded.model.device),
         pad_token_id=loaded.tokenizer.pad_token_id,
-        do_sample=False,
-        use_cache=True,
-        **options,
+        **{"do_sample": False, "use_cache": True, **options},
     )
     return result
 

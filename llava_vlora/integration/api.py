@@ -61,15 +61,27 @@ def load(
 
 
 def prompt_ids(
-    loaded: Loaded, question: str, *, conv_mode: str = "vicuna_v1", image: bool = True
+    loaded: Loaded,
+    question: str,
+    *,
+    conv_mode: str = "vicuna_v1",
+    image: bool = True,
+    answer: str | None = None,
 ) -> Tensor:
     """Token ids ``[N]`` of one question in LLaVA's prompt, with -200 where the image goes.
+
+    Args:
+        loaded: The model.
+        question: What is asked.
+        conv_mode: LLaVA's conversation template.
+        image: Put a slot for the image before the question.
+        answer: Ends the prompt, with what ends an answer in the template; None leaves it to the model.
 
     Raises:
         ConfigError: LLaVA has no such conversation template.
     """
     message = f"{_slot(loaded)}\n{question}" if image else question
-    return _ids(_template(conv_mode), [(message, None)], loaded.tokenizer)
+    return _ids(_template(conv_mode), [(message, answer)], loaded.tokenizer)
 
 
 def conversation_ids(

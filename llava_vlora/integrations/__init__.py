@@ -1,0 +1,1 @@
+"""Models for other evaluation harnesses: lmms-eval and VLMEvalKit."""
