@@ -43,7 +43,7 @@ class Answerer:
         base: str | None = None,
         *,
         conv_mode: str = "vicuna_v1",
-        device: str = "auto",
+        device: str = "cpu",
         bits: int | None = None,
     ) -> Answerer:
         """Load a checkpoint.
@@ -52,7 +52,7 @@ class Answerer:
             path: Checkpoint folder.
             base: Language model, for a folder that holds only a projector or LoRA weights.
             conv_mode: LLaVA's conversation template.
-            device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``; each of several processes takes a GPU of its own.
+            device: ``cpu``, ``cuda`` or ``cuda:1``, see :func:`find_device`.
             bits: 4 or 8 to quantise the language model.
 
         Raises:
@@ -62,7 +62,7 @@ class Answerer:
         stop_text(conv_mode)
         if bits not in (None, 4, 8):
             raise ConfigError(f"bits={bits}: give 4 or 8, or leave it out.")
-        return cls(load(path, base, device=_device(device), bits=bits), conv_mode)
+        return cls(load(path, base, device=device, bits=bits), conv_mode)
 
     def ids(self, query: Query, answer: str | None = None) -> Tensor:
         """Token ids ``[N]`` of the prompt: the image stands where the text has a slot, else before the text.
@@ -157,11 +157,15 @@ def _shared(prompt: Tensor, whole: Tensor) -> int:
     return int(differing[0]) if len(differing) else length
 
 
-def _device(name: str) -> str:
-    kind, _, index = str(name).partition(":")
+def find_device(name: str) -> str:
+    """The device that a user names ``auto``, ``cpu``, ``cuda`` or ``cuda:1``; each of several processes has its own.
+
+    Raises:
+        ConfigError: There is no such device.
+    """
+    kind, _, index = name.partition(":")
     if kind not in ("auto", "cpu", "cuda") or (index and not index.isdigit()):
         raise ConfigError(f"device={name}: give auto, cpu, cuda or cuda:N.")
     device = chosen_device(kind)
-    if index and device.type == "cuda" and "LOCAL_RANK" not in os.environ:
-        device = torch.device("cuda", int(index))
-    return str(device)
+    alone = "LOCAL_RANK" not in os.environ
+    return name if index and alone else str(device)

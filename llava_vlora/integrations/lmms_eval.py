@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..errors import ConfigError, ImageError, PromptError, listing
 from ..evaluation.running import Place
-from .answerer import Answerer, Query
+from .answerer import Answerer, Query, find_device
 
 _log = logging.getLogger("llava_vlora")
 
@@ -27,7 +27,7 @@ _LONGEST = 1024
 _SAMPLING = ("temperature", "top_p", "top_k")
 
 
-class LlavaVLoRA(lmms):  # type: ignore[misc]
+class LlavaVLoRA(lmms):
     """A checkpoint behind lmms-eval's interface for models of texts with images (``simple``)."""
 
     is_simple = True
@@ -81,7 +81,11 @@ class LlavaVLoRA(lmms):  # type: ignore[misc]
         self._first_only = several_images == "first"
         self._told: set[str] = set()
         self._answerer = Answerer.open(
-            pretrained, model_base, conv_mode=conv_template, device=device, bits=bits
+            pretrained,
+            model_base,
+            conv_mode=conv_template,
+            device=find_device(str(device)),
+            bits=bits,
         )
 
     @property
@@ -135,7 +139,8 @@ class LlavaVLoRA(lmms):  # type: ignore[misc]
         split: str,
     ) -> list[str]:
         document = self.task_dict[task][split][doc_id]
-        visuals, answers, carried, done = doc_to_visual(document), [], None, False
+        visuals, carried, done = doc_to_visual(document), None, False
+        answers: list[str] = []
         while not done:
             image = self._image(visuals, f"{task}, document {doc_id}, round {len(answers)}")
             answers = [*answers, *self._generate([Query(context, image)], options)]
