@@ -44,7 +44,8 @@ step() {
 
 python=$(find_python)
 # The folder belongs to the stamp because an environment does not survive a move.
-stamp=$( (pwd; "$python" -VV; cat "$constraints" setup.cfg pyproject.toml scripts/setup.sh) |
+stamp=$( (pwd; "$python" -VV
+    cat "$constraints" setup.cfg pyproject.toml scripts/setup.sh scripts/lmms-eval.txt) |
     "$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
 if [ "$(cat "$venv/setup.stamp" 2>/dev/null)" = "$stamp" ]; then
     echo "setup $stack: $venv is up to date"
@@ -58,5 +59,10 @@ step "make $venv with $("$python" --version)" "$python" -m venv "$venv"
 step "install torch" "${pip[@]}" torch==2.13.0
 step "install llava-vlora and its dependencies" "${pip[@]}" -e ".[$extras]"
 step "install $llava without its pins" "${pip[@]}" --no-deps "$llava"
+if [ "$stack" = current ]; then
+    # In a folder of its own, for its tests alone: transformers imports more where it finds datasets.
+    step "install lmms-eval beside" "${pip[@]}" --no-deps --target "$venv/lmms-eval" \
+        -r scripts/lmms-eval.txt
+fi
 echo "$stamp" >"$venv/setup.stamp"
 echo "setup $stack: done, use $venv/bin/llava-vlora"
