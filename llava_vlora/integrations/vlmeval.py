@@ -75,9 +75,9 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace, rest: list[str]) -> None:
     if args.toolkit is not None:
         sys.path.insert(0, str(args.toolkit.expanduser().resolve()))
-    script = _script()
     if not Path(args.model_path).expanduser().is_dir():
         raise ConfigError(f"--model-path {args.model_path}: there is no such folder.")
+    script = _script()
     name = args.name or Path(args.model_path).expanduser().resolve().name
     if "--model" not in rest and "--config" not in rest:
         rest = [*rest, "--model", name]
