@@ -63,6 +63,15 @@ def test_answers_equal_those_of_llava_vlora_eval(
     assert len(set(expected)) == len(expected)
 
 
+def test_a_plain_language_model_answers_without_the_prompt(llm_dir: Path) -> None:
+    plain = Answerer.open(str(llm_dir))
+    query = Query(QUESTION, None)
+    ids = plain.ids(query)[None]
+    tokens = plain.loaded.model.generate(ids, max_new_tokens=6, do_sample=False)
+    new = plain.loaded.tokenizer.decode(tokens[0, ids.shape[1] :], skip_special_tokens=True)
+    assert plain.answer([query], max_new_tokens=6) == [new]
+
+
 def test_the_image_stands_where_the_text_has_its_slot(
     answerer: Answerer, images: list[Image.Image]
 ) -> None:
@@ -140,6 +149,22 @@ def test_an_answer_is_greedy_if_each_token_is_the_likeliest(
 def test_an_empty_answer_has_no_score(answerer: Answerer, images: list[Image.Image]) -> None:
     with pytest.raises(PromptError, match="empty"):
         answerer.scores([Query(QUESTION, images[0])], [" "])
+
+
+def test_an_answer_that_llava_would_cut_off_has_no_score(
+    answerer: Answerer, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its visual tokens do not fit; a VLoRA model has none."""
+    query = Query(QUESTION, images[0])
+    length = len(answerer.ids(query, "red"))
+    monkeypatch.setattr(
+        answerer.loaded.model.config, "tokenizer_model_max_length", length, raising=False
+    )
+    if hasattr(answerer.loaded.model, "vlora_config"):
+        assert answerer.scores([query], ["red"])[0][0] > 0
+    else:
+        with pytest.raises(PromptError, match=f"the {length} tokens"):
+            answerer.scores([query], ["red"])
 
 
 @pytest.mark.parametrize(

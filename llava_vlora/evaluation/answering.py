@@ -53,7 +53,8 @@ def generate(
         pad_token_id=loaded.tokenizer.pad_token_id,
         **{"do_sample": False, "use_cache": True, **options},
     )
-    return result
+    # A plain language model returns the prompt as well.
+    return result[:, ids.shape[1] :] if loaded.image_processor is None else result
 
 
 def answer(

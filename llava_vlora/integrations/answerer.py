@@ -106,8 +106,11 @@ class Answerer:
             is the likeliest, that is, whether greedy decoding would give this answer.
 
         Raises:
-            PromptError: An answer is empty.
+            PromptError: An answer is empty, or LLaVA would cut it off.
         """
+        for query, answer in zip(queries, answers, strict=True):
+            if not answer.strip():
+                raise PromptError(f"The answer to score is empty; the question is {query.text!r}.")
         prompts = [self.ids(query) for query in queries]
         wholes = [self.ids(q, answer) for q, answer in zip(queries, answers, strict=True)]
         found: list[tuple[float, bool]] = [(0.0, False)] * len(queries)
@@ -115,10 +118,6 @@ class Answerer:
             logits = self._logits(ids, images)
             for row, whole, line in zip(rows, ids, logits, strict=True):
                 count = len(whole) - _shared(prompts[row], whole)
-                if not answers[row].strip():
-                    raise PromptError(
-                        f"The answer to score is empty; the question is {queries[row].text!r}."
-                    )
                 # Counted from the end: LLaVA's logits have places for visual tokens, VLoRA's none for the slot.
                 predicted = line[-count - 1 : -1].float().log_softmax(-1)
                 target = whole[-count:].to(predicted.device)
@@ -135,6 +134,13 @@ class Answerer:
         model = self.loaded.model
         with torch.no_grad():
             logits: Tensor = model(input_ids=ids.to(model.device), use_cache=False, **seen).logits
+        limit = getattr(model.config, "tokenizer_model_max_length", None) or torch.inf
+        if seen and not hasattr(model, "vlora_config") and logits.shape[1] >= limit:
+            # LLaVA cuts the end off without a word, which is what the score is about.
+            raise PromptError(
+                f"A prompt with its visual tokens does not fit into the {limit} tokens of tokenizer_model_max_length; "
+                "leave the task out."
+            )
         return logits
 
 

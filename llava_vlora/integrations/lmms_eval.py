@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from lmms_eval.api import instance
@@ -20,6 +20,7 @@ from ..evaluation.running import Place
 from .answerer import Answerer, Query, find_device
 
 _log = logging.getLogger("llava_vlora")
+_Found = TypeVar("_Found")
 
 #: What lmms-eval's own models take where a task does not say how long an answer may be.
 _LONGEST = 1024
@@ -111,13 +112,11 @@ class LlavaVLoRA(lmms):
             ConfigError: A task gives an option that generation does not have.
         """
         alike = [(self._length(r.args[0]), repr(sorted(r.args[1].items()))) for r in requests]
-        answers = [""] * len(requests)
-        for batch in self._batches(alike, "Answers"):
-            queries = [self._query(*requests[i].args) for i in batch]
-            found = self._generate(queries, requests[batch[0]].args[1])
-            for i, text in zip(batch, found, strict=True):
-                answers[i] = text
-        return answers
+
+        def ask(queries: Sequence[Query], batch: Sequence[int]) -> list[str]:
+            return self._generate(queries, requests[batch[0]].args[1])
+
+        return self._asked(requests, alike, ask)
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[list[str]]:
         """Answers to tasks that ask in rounds, of which each is a prompt of its own; one list a request.
@@ -125,7 +124,7 @@ class LlavaVLoRA(lmms):
         Raises:
             ImageError: A question has several images, or something that is no image.
         """
-        shown = tqdm(requests, desc="Rounds", disable=self._rank > 0)
+        shown = tqdm(requests, desc="llava_vlora", disable=self._rank > 0)
         return [self._rounds(*request.args) for request in shown]
 
     def _rounds(
@@ -173,12 +172,11 @@ class LlavaVLoRA(lmms):
                 )
         answers = [self._target(*request.args) for request in requests]
         alike = [self._length(r.args[0], text) for r, text in zip(requests, answers, strict=True)]
-        scores = [(0.0, False)] * len(requests)
-        for batch in self._batches(alike, "Scores"):
-            queries = [self._query(*requests[i].args) for i in batch]
-            found = self._answerer.scores(queries, [answers[i] for i in batch])
-            for i, score in zip(batch, found, strict=True):
-                scores[i] = score
+
+        def score(queries: Sequence[Query], batch: Sequence[int]) -> list[tuple[float, bool]]:
+            return self._answerer.scores(queries, [answers[i] for i in batch])
+
+        scores = self._asked(requests, alike, score)
         # lmms-eval 0.7 makes a string of a bare pair, which its multiple_choice then cannot read.
         wrap = getattr(instance, "GenerationResult", None)
         return scores if wrap is None else [wrap(text=score) for score in scores]
@@ -240,7 +238,7 @@ class LlavaVLoRA(lmms):
                 "The task asks for image_aspect_ratio %s; the checkpoint's own is used.", asked
             )
         temperature = options.get("temperature")
-        sampled = options.pop("do_sample", bool(temperature)) and temperature != 0
+        sampled = bool(options.pop("do_sample", temperature)) and temperature != 0
         for name in () if sampled else _SAMPLING:
             options.pop(name, None)
         unknown = [
@@ -261,17 +259,28 @@ class LlavaVLoRA(lmms):
     def _length(self, context: str, answer: str | None = None) -> int:
         return len(self._answerer.ids(Query(context, None), answer))
 
-    def _batches(self, alike: Sequence[Any], title: str) -> Iterator[list[int]]:
-        """Numbers of requests that may be asked together, the longest first: memory runs out at once or never."""
+    def _asked(
+        self,
+        requests: Sequence[Any],
+        alike: Sequence[Any],
+        ask: Callable[[Sequence[Query], Sequence[int]], Sequence[_Found]],
+    ) -> list[_Found]:
+        """What ``ask`` finds for batches of requests that are alike, given their numbers too; in the requests' order.
+
+        The longest come first: memory runs out at once or never.
+        """
         groups: dict[Any, list[int]] = {}
         for i, key in enumerate(alike):
             groups.setdefault(key, []).append(i)
-        with tqdm(total=len(alike), desc=title, disable=self._rank > 0) as progress:
+        found: dict[int, _Found] = {}
+        with tqdm(total=len(requests), desc="llava_vlora", disable=self._rank > 0) as progress:
             for _, group in sorted(groups.items(), reverse=True):
                 for start in range(0, len(group), self._batch_size):
                     batch = group[start : start + self._batch_size]
-                    yield batch
+                    queries = [self._query(*requests[i].args) for i in batch]
+                    found.update(zip(batch, ask(queries, batch), strict=True))
                     progress.update(len(batch))
+        return [found[i] for i in range(len(requests))]
 
 
 def _cut(text: str, until: Sequence[str]) -> str:

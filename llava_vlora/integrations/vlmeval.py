@@ -38,21 +38,6 @@ def register(name: str, **settings: Any) -> None:
     supported_VLM[name] = partial(LlavaVLoRA, **settings)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Register the checkpoint and run VLMEvalKit with the flags after ``--``; returns the exit code."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    own, rest = given, []
-    if "--" in given:
-        own, rest = given[: given.index("--")], given[given.index("--") + 1 :]
-    args = _parser().parse_args(own)
-    try:
-        _run(args, rest)
-    except VLoRAError as error:
-        print(error.for_terminal(), file=sys.stderr)
-        return 2
-    return 0
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m llava_vlora.integrations.vlmeval",
@@ -113,6 +98,21 @@ def _device(name: str) -> str:
 
     # run.py shows each of several processes its own GPUs, so the number of a process is no GPU's number.
     return chosen_device(name).type
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Register the checkpoint and run VLMEvalKit with the flags after ``--``; returns the exit code."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    own, rest = given, []
+    if "--" in given:
+        own, rest = given[: given.index("--")], given[given.index("--") + 1 :]
+    args = _parser().parse_args(own)
+    try:
+        _run(args, rest)
+    except VLoRAError as error:
+        print(error.for_terminal(), file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
