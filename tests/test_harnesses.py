@@ -46,9 +46,10 @@ def test_answers_equal_those_of_llava_vlora_eval(
         Sample(i, text, None if file is None else FilePicture(file))
         for i, (text, file) in enumerate(zip(texts, files, strict=True))
     ]
-    log = answer_all(
-        answerer.loaded,
-        lambda: AnswerLog(tmp_path / "answers.jsonl", "tiny", "key", samples),
+    log = AnswerLog(tmp_path / "answers.jsonl", "tiny", "key", samples)
+    answer_all(
+        lambda: answerer.loaded,
+        log,
         Asking(max_new_tokens=6),
         batch_size=4,
     )
@@ -75,16 +76,24 @@ def test_a_plain_language_model_answers_without_the_prompt(llm_dir: Path) -> Non
 def test_the_image_stands_where_the_text_has_its_slot(
     answerer: Answerer, images: list[Image.Image]
 ) -> None:
-    tokenizer = answerer.loaded.tokenizer
-    before = prompt_ids(tokenizer, QUESTION)
+    before = prompt_ids(answerer.loaded, QUESTION)
     assert answerer.ids(Query(QUESTION, images[0])).equal(before)
     assert answerer.ids(Query(f"<image>\n{QUESTION}", images[0])).equal(before)
     behind = answerer.ids(Query(f"{QUESTION} <image> or <image>", images[0])).tolist()
     assert behind.count(-200) == 1
     assert behind.index(-200) > before.tolist().index(-200)
-    blind = prompt_ids(tokenizer, QUESTION, image=False)
+    blind = prompt_ids(answerer.loaded, QUESTION, image=False)
     for text in (QUESTION, f"<image>\n{QUESTION}"):
         assert answerer.ids(Query(text, None)).equal(blind)
+
+
+def test_a_slot_in_the_text_carries_the_marks_of_the_model(
+    answerer: Answerer, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answerer.loaded.model.config, "mm_use_im_start_end", True)
+    marked = prompt_ids(answerer.loaded, QUESTION)
+    assert answerer.ids(Query(f"<image>\n{QUESTION}", images[0])).equal(marked)
+    assert len(marked) > len(prompt_ids(answerer.loaded, QUESTION, image=False)) + 2
 
 
 def test_scores_are_those_of_decoding_token_by_token(

@@ -80,7 +80,7 @@ def prompt_ids(
     Raises:
         ConfigError: LLaVA has no such conversation template.
     """
-    message = f"{_slot(loaded)}\n{question}" if image else question
+    message = f"{image_slot(loaded)}\n{question}" if image else question
     return _ids(_template(conv_mode), [(message, answer)], loaded.tokenizer)
 
 
@@ -98,11 +98,11 @@ def conversation_ids(
         ConfigError: LLaVA has no such conversation template.
     """
     (first, answer), *later = turns
-    shown = [(f"{_slot(loaded)}\n{first}", answer), *later]
+    shown = [(f"{image_slot(loaded)}\n{first}", answer), *later]
     return _ids(_template(conv_mode), shown, loaded.tokenizer)
 
 
-def _slot(loaded: Loaded) -> str:
+def image_slot(loaded: Loaded) -> str:
     """Where the image goes, as LLaVA's evaluators write it for this model."""
     slot: str = DEFAULT_IMAGE_TOKEN
     if getattr(loaded.model.config, "mm_use_im_start_end", False):

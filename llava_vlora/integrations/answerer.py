@@ -14,7 +14,7 @@ from torch import Tensor
 from ..cli.arguments import chosen_device
 from ..errors import ConfigError, PromptError
 from ..evaluation.answering import generate
-from ..integration.api import Loaded, load, pixel_values, prompt_ids, stop_text
+from ..integration.api import Loaded, image_slot, load, pixel_values, prompt_ids, stop_text
 
 #: Where a harness puts the image into its text, as LLaVA does.
 SLOT = "<image>"
@@ -74,9 +74,9 @@ class Answerer:
         seen = query.image is not None
         text = query.text
         if slot:
-            text = before + slot + after if seen else (before + after).strip()
+            text = before + image_slot(self.loaded) + after if seen else (before + after).strip()
         return prompt_ids(
-            self.loaded.tokenizer,
+            self.loaded,
             text,
             conv_mode=self.conv_mode,
             image=seen and not slot,
