@@ -31,6 +31,7 @@ _KNOWN = {
     "sceneqa": ("sceneqa", "SceneQA"),
     "textvqa": ("textvqa", "TextVQA"),
     "textvqa-no-ocr": ("textvqa", "TextVQAWithoutOCR"),
+    "sceneqa": ("sceneqa", "SceneQA"),
 }
 
 

@@ -106,40 +106,31 @@ def stage_steps(recipe: TrainingRecipe, stage: Stage) -> int:
     return recipe.pretrain_steps if stage == "pretrain" else recipe.finetune_steps
 
 
-def training_command(settings: Settings, folder: RunFolder, model: str, stage: Stage) -> list[str]:
-    """LLaVA's trainer for one model and stage.
-
-    The two models' commands differ in ``--mm_projector_type`` and in folders; flags that concern
-    VLoRA alone are given to both, and LLaVA's projector does not read them.
-    """
-    recipe, files, pretrain = settings.recipe(), folder.files, stage == "pretrain"
+def recipe_flags(
+    size: str, recipe: TrainingRecipe, files: SceneQAFiles, stage: Stage
+) -> dict[str, object]:
+    """Flags of LLaVA's trainer for a stage on SceneQA; folders, projector type and seed are the caller's."""
+    pretrain = stage == "pretrain"
     flags: dict[str, object] = {
         "model_name_or_path": ASSETS,
         "version": "plain" if pretrain else "v1",
         "data_path": files.pretrain if pretrain else files.finetune,
         "image_folder": files.image_folder,
-        "vision_tower": ASSETS / f"clip_{settings.size}",
-        "mm_projector_type": PROJECTORS[model],
+        "vision_tower": ASSETS / f"clip_{size}",
         "mm_vision_select_layer": -2,
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "mm_vision_dtype": "float32",
         **{name: getattr(recipe, name) for name in _GENERATOR_FLAGS},
     }
-    if pretrain:
-        flags["tune_mm_mlp_adapter"] = True
-    else:
-        projector = folder.checkpoint(model, "pretrain") / "mm_projector.bin"
+    if not pretrain:
         flags |= {
-            "pretrain_mm_mlp_adapter": projector,
             "image_aspect_ratio": "pad",
             "group_by_modality_length": True,
             "mm_projector_lr": recipe.projector_lr,
         }
-    steps = stage_steps(recipe, stage)
-    flags |= {
-        "output_dir": folder.checkpoint(model, stage),
-        "max_steps": steps,
+    return flags | {
+        "max_steps": stage_steps(recipe, stage),
         "per_device_train_batch_size": (
             recipe.pretrain_batch if pretrain else recipe.finetune_batch
         ),
@@ -148,14 +139,32 @@ def training_command(settings: Settings, folder: RunFolder, model: str, stage: S
         "weight_decay": 0.0,
         "warmup_ratio": 0.03,
         "lr_scheduler_type": "cosine",
-        "logging_steps": max(1, steps // 60),
-        "save_strategy": "no",
         "model_max_length": 2048,
         "lazy_preprocess": True,
         "disable_tqdm": True,
         "report_to": "none",
+    }
+
+
+def training_command(settings: Settings, folder: RunFolder, model: str, stage: Stage) -> list[str]:
+    """LLaVA's trainer for one model and stage.
+
+    The two models' commands differ in ``--mm_projector_type`` and in folders; flags that concern
+    VLoRA alone are given to both, and LLaVA's projector does not read them.
+    """
+    recipe = settings.recipe()
+    flags = recipe_flags(settings.size, recipe, folder.files, stage)
+    flags |= {
+        "mm_projector_type": PROJECTORS[model],
+        "output_dir": folder.checkpoint(model, stage),
+        "logging_steps": max(1, stage_steps(recipe, stage) // 60),
+        "save_strategy": "no",
         "seed": settings.seed,
     }
+    if stage == "pretrain":
+        flags["tune_mm_mlp_adapter"] = True
+    else:
+        flags["pretrain_mm_mlp_adapter"] = folder.checkpoint(model, "pretrain") / "mm_projector.bin"
     if settings.device == "cpu":
         flags["use_cpu"] = True
     # The trainer draws a new projector before it reads its own --seed, so the launcher seeds first.

@@ -45,6 +45,8 @@ class Job:
     total: int
     """All work, in the unit of ``read``."""
     read: ReadProgress
+    append: bool = False
+    """Keep what the log has from an earlier attempt."""
 
 
 class Children:
@@ -79,6 +81,12 @@ class Children:
             for child in self._running:
                 child.terminate()
 
+    def kill(self) -> None:
+        """End at once what did not heed :meth:`stop`."""
+        with self._lock:
+            for child in self._running:
+                child.kill()
+
     def done(self, child: subprocess.Popen[str]) -> None:
         """Forget a child that has ended."""
         with self._lock:
@@ -112,7 +120,7 @@ def run_jobs(
         futures = []
         for job in jobs:
             task = progress.add_task(job.name.ljust(width), total=job.total, start=False)
-            futures.append(pool.submit(_run, job, environment, children, progress, task))
+            futures.append(pool.submit(run_job, job, environment, children, progress, task))
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             for future in done:
@@ -123,17 +131,22 @@ def run_jobs(
             raise
 
 
-def _run(
+def run_job(
     job: Job,
     environment: Mapping[str, str],
     children: Children,
     progress: Progress,
     task: TaskID,
 ) -> None:
+    """Run one job to its end.
+
+    Raises:
+        StageError: It failed; the message has the end of its log.
+    """
     job.log.parent.mkdir(parents=True, exist_ok=True)
     child = children.start(job, environment)
     progress.start_task(task)
-    with job.log.open("w", encoding="utf-8") as log:
+    with job.log.open("a" if job.append else "w", encoding="utf-8") as log:
         for line in child.stdout or ():
             log.write(line)
             log.flush()

@@ -1,0 +1,1 @@
+"""Variants of one recipe, trained and evaluated alike: ``llava-vlora sweep``."""
