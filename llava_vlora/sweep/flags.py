@@ -113,34 +113,34 @@ def meaning(flags: Mapping[str, str], known: Mapping[str, ReadFlag]) -> dict[str
     return {n: values[n] for n in sorted(values)}
 
 
-def check(flags: Flags, known: Mapping[str, ReadFlag], where: str, made: Path) -> None:
+def check(flags: Flags, known: Mapping[str, ReadFlag], where: str) -> None:
     """Look for what would stop a training later on.
 
-    Args:
-        flags: All flags of a variant.
-        known: LLaVA's flags.
-        where: The variant, for messages.
-        made: Folder whose files the sweep makes itself.
-
     Raises:
-        ConfigError: A flag or file is missing, or the generator does not fit the language model.
+        ConfigError: A flag is missing, or the generator does not fit the language model.
     """
     for stage in STAGES:
-        given = flags[stage]
-        missing = [name for name in _NEEDED if name not in given]
+        missing = [name for name in _NEEDED if name not in flags[stage]]
         if missing:
             raise ConfigError(
                 f"{where}: {stage} lacks {listing(missing)}; give it below `base`, or a `sceneqa:` block."
             )
-        for name, exists in (("data_path", Path.is_file), ("image_folder", Path.is_dir)):
-            path = Path(given.get(name, made))
-            if made not in (path, *path.parents) and not exists(path):
-                raise ConfigError(f"{where}: there is no {name} {path} of {stage}.")
         try:
-            values = meaning(given, known)
-            _check_layers(values)
+            _check_layers(meaning(flags[stage], known))
         except ConfigError as error:
             raise ConfigError(f"{where}: {stage}: {error}") from error
+
+
+def lost_files(flags: Flags, made: Path) -> list[str]:
+    """Flags whose data are not there, except below ``made``, where the sweep itself writes."""
+    wanted = (("data_path", Path.is_file), ("image_folder", Path.is_dir))
+    found = []
+    for stage in STAGES:
+        for name, exists in wanted:
+            path = Path(flags[stage].get(name, made))
+            if made not in (path, *path.parents) and not exists(path):
+                found.append(f"{stage} has {name} {path}")
+    return found
 
 
 def _check_layers(values: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from ..errors import ConfigError, listing
 from ..evaluation.files import write_json, write_text
 from ..sceneqa import write_dataset
 from . import results, state, tables
+from .flags import lost_files
 from .plan import Run, Step, plan
 from .running import Place, alone, run_steps
 from .spec import Spec
@@ -38,6 +39,9 @@ class Sweep:
             VLoRAError: Data are missing, a variant of ``only`` is unknown, or another sweep works in the folder.
         """
         chosen = self._chosen()
+        lost = self._lost()
+        if lost:
+            raise ConfigError(f"{lost[0]}, which is not there. Put it there, or correct the path.")
         for launcher in (self.spec.launcher, self.spec.evaluate.launcher):
             self.place.check(launcher)
         with alone(self.spec.out):
@@ -61,6 +65,8 @@ class Sweep:
         steps = self._todo(runs, chosen)
         for step in steps:
             self._say(f"# {step.title}: {self._users(step, runs)}\n{shlex.join(step.command)}\n")
+        for lost in self._lost():
+            self._say(f"MISSING: {lost}", "bold red")
         self._say(self._counted(runs, steps, chosen))
 
     def report(self) -> None:
@@ -73,9 +79,16 @@ class Sweep:
         write_text(out / "sweep.md", tables.markdown(result))
         write_text(out / "sweep.csv", tables.comma_separated(result))
         save(sweep_plot(result), out / "sweep.png")
-        for table in tables.terminal_tables(result):
-            self.console.print(table)
+        tables.show(result, self.console)
         self._say(f"Written: {out}/sweep.json, sweep.md, sweep.csv, sweep.png")
+
+    def _lost(self) -> list[str]:
+        """Data of trainings that are not there, each named once with a variant that needs it."""
+        found: dict[str, str] = {}
+        for variant in self.spec.variants:
+            for what in lost_files(variant.flags, self.spec.out):
+                found.setdefault(what, f"{variant.place} ({variant.name}): {what}")
+        return list(found.values())
 
     def _chosen(self) -> tuple[str, ...]:
         names = [variant.name for variant in self.spec.variants]

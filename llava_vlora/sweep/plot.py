@@ -15,7 +15,7 @@ _LONG = 8
 
 
 def sweep_plot(result: Result) -> Figure:
-    """Every training as a point, means joined by a line, the default in the colour of VLoRA."""
+    """Every training as a mark, means as points, joined where the axis is a number; the default in VLoRA's colour."""
     blocks, benchmarks = result["blocks"], result["benchmarks"]
     widths = [max(2.6, 0.75 * len(block["rows"])) for block in blocks]
     count = len(blocks) * len(benchmarks)
@@ -24,12 +24,12 @@ def sweep_plot(result: Result) -> Figure:
     )
     for i, panel in enumerate(panels):
         name, block = list(benchmarks)[i // len(blocks)], blocks[i % len(blocks)]
-        _panel(panel, result, block, name)
-        if i % len(blocks) == 0:
+        if i % len(blocks):
+            panel.sharey(panels[i - i % len(blocks)])
+        else:
             stated = benchmarks[name]
             panel.set_ylabel(", ".join(filter(None, (stated["title"], stated["metric"]))))
-        else:
-            panel.sharey(panels[i - i % len(blocks)])
+        _panel(panel, result, block, name)
     handles, labels = [], []
     for panel in panels:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
@@ -49,7 +49,8 @@ def _panel(axes: Axes, result: Result, block: Mapping[str, Any], benchmark: str)
     ]
     drawn = [i for i, cell in enumerate(cells) if cell["values"]]
     means = [cells[i]["mean"] for i in drawn]
-    axes.plot(drawn, means, color="#9aa5b1", lw=1.2, zorder=1)
+    if all(_is_number(row["label"]) for row in rows):
+        axes.plot(drawn, means, color="#9aa5b1", lw=1.2, zorder=1)
     for i in drawn:
         default = rows[i]["variant"] == block["default"]
         color = COLORS["vlora" if default else "llava"]
@@ -70,6 +71,14 @@ def _panel(axes: Axes, result: Result, block: Mapping[str, Any], benchmark: str)
     )
     axes.set_xlim(-0.5, len(rows) - 0.5)
     axes.set_title(block["title"], loc="left", fontsize=9.5)
+
+
+def _is_number(label: str) -> bool:
+    try:
+        float(label)
+    except ValueError:
+        return False
+    return True
 
 
 def _levels(axes: Axes, result: Result, rows: list[dict[str, str]], benchmark: str) -> None:

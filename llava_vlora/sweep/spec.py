@@ -14,7 +14,7 @@ from ..benchmarks import find
 from ..demo.plan import STAGES, recipe_flags
 from ..errors import ConfigError, listing
 from ..sceneqa import SIZES, dataset_files, scene_size
-from .flags import Flags, check, meaning, merged, read_flags
+from .flags import Flags, meaning, merged, read_flags
 from .reading import Item, read_yaml
 from .variants import WAYS, Block, Variant, expand
 
@@ -115,8 +115,6 @@ def read_spec(file: Path, known: Mapping[str, ReadFlag], *, out: Path | None = N
                 raise keys["base"].error(f"{stage}: {error}") from error
     launcher = _words(keys["launcher"]) if "launcher" in keys else ("python",)
     variants, blocks = expand(ways[0], keys[ways[0]], base, known)
-    for variant in variants:
-        check(variant.flags, known, f"{variant.place} ({variant.name})", root)
     return Spec(
         file=file,
         out=root,

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .results import LEVEL, Result, best
@@ -180,13 +182,15 @@ def comma_separated(result: Result) -> str:
     return text.getvalue()
 
 
-def terminal_tables(result: Result) -> Iterator[Table]:
-    """The blocks for the terminal."""
-    for one in text_tables(result):
-        table = Table(title=one.title, box=SIMPLE_HEAD, title_justify="left")
-        table.caption, table.caption_justify = " ".join(one.notes), "left"
+def show(result: Result, console: Console) -> None:
+    """Print the blocks, and each note once."""
+    found = text_tables(result)
+    for one in found:
+        table = Table(box=SIMPLE_HEAD)
         for i, column in enumerate(one.columns):
             table.add_column(column, justify="right" if i else "left")
         for row in one.rows:
-            table.add_row(*(cell.replace("**", "*") for cell in row))
-        yield table
+            table.add_row(*(escape(cell.replace("**", "*")) for cell in row))
+        console.print(table)
+    for note in dict.fromkeys(note for one in found for note in one.notes):
+        console.print(note, markup=False, highlight=False, soft_wrap=True)

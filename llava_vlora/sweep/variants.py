@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..demo.plan import STAGES
 from ..errors import ConfigError, listing
-from .flags import Flags, meaning, merged, read_flag, read_flags
+from .flags import Flags, check, meaning, merged, read_flag, read_flags
 from .reading import Item
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def _axis(title: str, item: Item, known: Mapping[str, ReadFlag]) -> list[_Choice
 def _axes(
     axes: Mapping[str, list[_Choice]], base: Flags, known: Mapping[str, ReadFlag]
 ) -> tuple[list[Variant], list[Block]]:
-    default = Variant(DEFAULT, base, next(iter(axes.values()))[0].item.place)
+    default = _variant(DEFAULT, base, next(iter(axes.values()))[0].item, known)
     variants, blocks = [default], []
     for title, choices in axes.items():
         rows: list[Row] = []
@@ -159,11 +159,7 @@ def _grid(
 
 
 def _variant(name: str, flags: Flags, item: Item, known: Mapping[str, ReadFlag]) -> Variant:
-    for stage in STAGES:
-        try:
-            meaning(flags[stage], known)
-        except ConfigError as error:
-            raise item.error(f"{name}: {error}") from error
+    check(flags, known, f"{item.place} ({name})")
     return Variant(name, flags, item.place)
 
 
