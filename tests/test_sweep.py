@@ -384,13 +384,14 @@ def test_what_fails_stops_what_needs_it_and_nothing_else(tmp_path: Path) -> None
     assert list(said) == ["bad", "after", "last"]
     assert "exit code 3" in said["bad"]
     assert "the reason" in said["bad"]
-    assert said["after"] == "not run, because `evaluate bad` failed"
+    assert said["after"] == "evaluate after was not run, because evaluate bad failed."
     assert [state.finished(step) for step in steps] == [False, False, False, True, True]
     assert steps[3].log.read_text().splitlines()[-1] == os.environ.get("OMP_NUM_THREADS", "3")
     text = console.export_text()
     assert "[5/5]" in text
     # The next attempt keeps the log of this one.
-    run_steps(steps[:1], PLACE, Console(quiet=True))
+    (again,) = run_steps(steps[:1], PLACE, Console(quiet=True))
+    assert again.reason.count("the reason") == 1
     assert steps[0].log.read_text().count("the reason\n") == 2
     assert state.read(steps[0])["attempts"] == 2
 

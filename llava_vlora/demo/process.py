@@ -147,6 +147,7 @@ def run_job(
     child = children.start(job, environment)
     progress.start_task(task)
     with job.log.open("a" if job.append else "w", encoding="utf-8") as log:
+        start = log.seek(0, os.SEEK_END)
         for line in child.stdout or ():
             log.write(line)
             log.flush()
@@ -156,8 +157,8 @@ def run_job(
     code = child.wait()
     children.done(child)
     if code:
-        lines = job.log.read_text(encoding="utf-8").splitlines()
-        tail = "\n".join(lines[-_TAIL_LINES:]) or "(no output)"
+        written = job.log.read_bytes()[start:].decode("utf-8", errors="replace")
+        tail = "\n".join(written.splitlines()[-_TAIL_LINES:]) or "(no output)"
         raise StageError(f"{job.name} ended with exit code {code}. The end of {job.log}:\n{tail}")
     progress.update(task, completed=job.total)
 

@@ -54,7 +54,7 @@ class Sweep:
             failures = run_steps(steps, self.place, self.console)
             self.report()
         for failure in failures:
-            self._say(f"\n{failure.step.title} FAILED: {failure.reason}", "bold red")
+            self._say(f"\n{failure.reason}", "bold red")
         if failures:
             self._say(f"\n{len(failures)} steps have no result; the same command tries them again.")
         return 1 if failures else 0

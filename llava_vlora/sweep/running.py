@@ -118,7 +118,7 @@ class _Schedule:
             lost = [f.step for f in self._failures if f.step.key in step.needs]
             if lost:
                 self._waiting.remove(step)
-                self._fail(step, f"not run, because `{lost[0].title}` failed")
+                self._give_up(step, f"{step.title} was not run, because {lost[0].title} failed.")
         unfinished = {s.key for s in self._waiting} | {s.key for s, _ in self._running.values()}
         for step in list(self._waiting):
             if self._slots and not unfinished & set(step.needs):
@@ -156,14 +156,14 @@ class _Schedule:
         try:
             seconds = future.result()
         except VLoRAError as error:
-            self._fail(step, str(error))
+            self._give_up(step, str(error), f"{step.title}: FAILED")
             return
         self._seconds.setdefault(step.kind, []).append(seconds)
         self._say(f"{step.title}: {duration(seconds)}{self._time_left()}")
 
-    def _fail(self, step: Step, reason: str) -> None:
+    def _give_up(self, step: Step, reason: str, said: str = "") -> None:
         self._failures.append(Failure(step, reason))
-        self._say(f"{step.title}: FAILED" if "not run" not in reason else f"{step.title}: {reason}")
+        self._say(said or reason)
 
     def _say(self, text: str) -> None:
         done = self._count - len(self._waiting) - len(self._running)

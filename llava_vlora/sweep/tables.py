@@ -129,7 +129,8 @@ def _whole(run: Mapping[str, Any]) -> bool:
 
 
 def _again(run: Mapping[str, Any]) -> bool:
-    return any(run["steps"].get(s, {}).get("attempts", 1) > 1 for s in ("pretrain", "finetune"))
+    stages = (run["steps"].get(stage, {}) for stage in ("pretrain", "finetune"))
+    return any(stage.get("done") and stage["attempts"] > 1 for stage in stages)
 
 
 def markdown(result: Result) -> str:
