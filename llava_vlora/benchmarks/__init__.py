@@ -31,7 +31,6 @@ _KNOWN = {
     "sceneqa": ("sceneqa", "SceneQA"),
     "textvqa": ("textvqa", "TextVQA"),
     "textvqa-no-ocr": ("textvqa", "TextVQAWithoutOCR"),
-    "sceneqa": ("sceneqa", "SceneQA"),
 }
 
 

@@ -6,11 +6,12 @@ import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from .. import provenance
-from ..evaluation.files import read_json
-from ..evaluation.statistics import wilson_interval
+from ..evaluation.files import read_json, require_keys
+from ..evaluation.statistics import clustered_mean
 from . import state
 from .plan import Run, Step, settings
 from .spec import Spec
@@ -18,6 +19,8 @@ from .spec import Spec
 #: What ``sweep.json`` holds.
 Result = dict[str, Any]
 
+#: What a score file says that is taken over as it is.
+_COPIED = ("questions", "chance", "breakdown")
 #: A block in which chance alone would set a value apart more often than this has no best one.
 LEVEL = 0.05
 
@@ -62,7 +65,7 @@ def _run(run: Run) -> dict[str, Any]:
     scores = {}
     for step in run.evaluations:
         files = {b: step.score(b) for b in step.benchmarks if step.score(b).is_file()}
-        scores[step.kind] = {b: _score(read_json(file)) for b, file in files.items()}
+        scores[step.kind] = {b: _score(file) for b, file in files.items()}
     steps = {step.kind: {"log": _below(step), **state.read(step)} for step in run.steps}
     return {"seed": run.seed, "steps": steps, "scores": scores}
 
@@ -71,26 +74,21 @@ def _below(step: Step) -> str:
     return str(step.log.relative_to(step.root))
 
 
-def _score(stated: Mapping[str, Any]) -> dict[str, Any]:
+def _score(file: Path) -> dict[str, Any]:
     """The headline of a score file, with its interval over the questions where it is their mean credit."""
+    stated = read_json(file)
+    require_keys(stated, ("metrics", "samples", *_COPIED), str(file))
     metrics = dict(stated["metrics"])
     headline = next(iter(metrics), None)
     value = metrics.get(headline) if headline else None
-    credit = [c for _, c in stated["credit"]]
+    credit = [float(sample["credit"]) for sample in stated["samples"]]
     interval = None
-    whole = bool(credit) and set(credit) <= {0.0, 1.0}
-    if whole and value is not None and math.isclose(value, 100 * sum(credit) / len(credit)):
-        found = wilson_interval(round(sum(credit)), len(credit))
+    if credit and value is not None and math.isclose(value, 100 * sum(credit) / len(credit)):
+        images = [s["image"] or ("no image", s["id"]) for s in stated["samples"]]
+        found = clustered_mean(credit, images, seed=0)
         interval = [100 * found.low, 100 * found.high]
-    return {
-        "metric": headline,
-        "value": value,
-        "interval": interval,
-        "questions": stated["questions"],
-        "chance": stated["chance"],
-        "metrics": metrics,
-        "breakdown": stated["breakdown"],
-    }
+    copied = {key: stated[key] for key in _COPIED}
+    return {"metric": headline, "value": value, "interval": interval, "metrics": metrics, **copied}
 
 
 def _summary(scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -106,7 +106,8 @@ def _notes(result: Result, names: list[str], luck: float) -> Iterator[str]:
     if len(seeds) == 1:
         yield (
             f"One training each (seed {seeds[0]}): there is no spread between trainings, so nothing is bold and "
-            "differences may be chance. In brackets, where given: 95 % interval over the questions (Wilson)."
+            "differences may be chance. In brackets, where given: 95 % interval over the questions (bootstrap over "
+            "images)."
         )
     else:
         yield f"Mean of {len(seeds)} seeds (lowest to highest)."
