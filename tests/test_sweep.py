@@ -408,7 +408,7 @@ def test_ctrl_c_ends_the_children(tmp_path: Path) -> None:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt).start()
+    threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
         run_steps(steps, PLACE, Console(quiet=True))
     assert not alive(int(note.read_text()))
@@ -618,7 +618,7 @@ base:
   save_strategy: steps
   save_steps: 2
   pretrain: {{max_steps: 2}}
-  finetune: {{max_steps: 6}}
+  finetune: {{max_steps: 4}}
 evaluate: {{benchmarks: [sceneqa], limit: 4}}
 axes:
   vlora_rank: [2, 4]

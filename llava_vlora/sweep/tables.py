@@ -122,7 +122,7 @@ def _notes(result: Result, names: list[str], luck: float) -> Iterator[str]:
     if missing:
         yield f"Not all runs are there of: {', '.join(missing)}."
     if any(_again(run) for n in names for run in result["variants"][n]["runs"]):
-        yield "+: a training was interrupted; the time is that of its last part."
+        yield "+: a training was begun more than once; the time is that of its last part."
 
 
 def _whole(run: Mapping[str, Any]) -> bool:
