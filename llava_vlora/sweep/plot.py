@@ -51,13 +51,16 @@ def _panel(axes: Axes, result: Result, block: Mapping[str, Any], benchmark: str)
     means = [cells[i]["mean"] for i in drawn]
     if all(_is_number(row["label"]) for row in rows):
         axes.plot(drawn, means, color="#9aa5b1", lw=1.2, zorder=1)
+    several = len(result["settings"]["seeds"]) > 1
+    spread = "lowest to highest seed" if several else "95 % over the questions"
     for i in drawn:
         default = rows[i]["variant"] == block["default"]
         color = COLORS["vlora" if default else "llava"]
         label = "default" if default else None
         cell = cells[i]
         if cell["low"] is not None:
-            axes.plot([i, i], [cell["low"], cell["high"]], color=color, lw=1.4, zorder=2)
+            ends = [cell["low"], cell["high"]]
+            axes.plot([i, i], ends, color=color, lw=1.4, label=spread, zorder=2)
         axes.plot([i], [cell["mean"]], "o", color=color, ms=6, label=label, zorder=3)
         if len(cell["values"]) > 1:
             axes.plot([i] * len(cell["values"]), cell["values"], "_", color=color, ms=9, zorder=2)
