@@ -10,7 +10,8 @@ VLoRAError
 ├── CheckpointError          a checkpoint folder lacks a file or holds the wrong one
 ├── DataError                a data file is not in LLaVA's format
 ├── FeaturesError            stored vision features are missing, damaged or of another run's making
-└── AnswersError             an answer file is damaged, incomplete or of another model
+├── AnswersError             an answer file is damaged, incomplete or of another model
+└── IMAError                 an analysis of alignment lacks tokens, examples or finite states
 """
 
 from __future__ import annotations
@@ -66,6 +67,10 @@ class FeaturesError(VLoRAError, ValueError):
 
 class AnswersError(VLoRAError, ValueError):
     """An answer file is damaged, incomplete, or holds answers of another model or to other prompts."""
+
+
+class IMAError(VLoRAError, ValueError):
+    """An analysis of alignment lacks tokens, examples or finite states, or its parts do not fit together."""
 
 
 def listing(names: Iterable[object]) -> str:
