@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from llava_vlora.errors import ConfigError, IMAError
+from llava_vlora.errors import ConfigError, DataError, IMAError
+from llava_vlora.ima.data import from_file, require_at_least
 from llava_vlora.ima.layout import Batch, Role, run
 from llava_vlora.ima.preparing import Question, prepare
 from llava_vlora.ima.states import INNER, POINTS, Example, collect
@@ -257,3 +258,31 @@ def test_kinds_of_tokens() -> None:
     batch.require("P")
     with pytest.raises(IMAError, match=r"Example n has no tokens of the kind 'P'.*counterfactual"):
         Batch({}, torch.tensor([[1, 3]]), ("n",)).require("P")
+
+
+# --- data ------------------------------------------------------------------------------------------
+
+
+def test_examples_of_llavas_files(data_dir: Path, tmp_path: Path) -> None:
+    found = from_file(data_dir / "finetune.json", data_dir / "images")
+    asked = list(found)
+    assert len(found) == len(asked) == 12  # every fourth has no image
+    assert [q.text for q in asked] == ["What colour is the image?"] * 12
+    assert {q.answer for q in asked} == {"red", "green", "blue"}
+    assert list(found)[3].name == asked[3].name == "4"
+    some = from_file(data_dir / "finetune.json", data_dir / "images", limit=5, seed=1)
+    assert [q.name for q in some] == sorted((q.name for q in some), key=int)
+    other = from_file(data_dir / "finetune.json", data_dir / "images", limit=5, seed=2)
+    assert {q.name for q in some} != {q.name for q in other}
+    lines = tmp_path / "q.jsonl"
+    lines.write_text('{"question_id": 7, "text": "Who?", "image": "0.png", "label": "yes"}\n')
+    (only,) = from_file(lines, data_dir / "images")
+    assert (only.name, only.text, only.answer) == ("7", "Who?", "yes")
+    lines.write_text('{"question_id": 7}\n')
+    with pytest.raises(DataError, match=r"q\.jsonl, line 1: lacks 'text'"):
+        from_file(lines, data_dir)
+    (tmp_path / "t.json").write_text('[{"conversations": [{"from": "human"}]}]')
+    with pytest.raises(DataError, match=r"t\.json, record 0 has no question"):
+        from_file(tmp_path / "t.json", data_dir)
+    with pytest.raises(IMAError, match="Halves needs at least 13 examples; finetune has 12"):
+        require_at_least(found, 13, "Halves")

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..benchmarks.base import Sample
 from ..errors import ConfigError, IMAError, listing
 from ..evaluation.answering import generate
 from ..integration.api import Loaded, pixel_values, prompt_ids
@@ -32,13 +31,6 @@ class Question:
     images: tuple[Image.Image, ...] = ()
     answer: str | None = None
     """Needed for ``question+answer``."""
-
-
-def from_samples(samples: Iterable[Sample], benchmark: Any) -> Iterator[Question]:
-    """Questions of a benchmark, their images opened one after the other."""
-    for sample in samples:
-        images = () if sample.image is None else (sample.image.open(),)
-        yield Question(str(sample.id), sample.prompt, images, benchmark.expected(sample) or None)
 
 
 def prepare(
