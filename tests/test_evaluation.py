@@ -241,6 +241,7 @@ SAMPLES = [Sample(i, f"Question {i}?") for i in range(3)]
         ),
         ("[1]", "is no answer"),
         ("half", "is no answer"),
+        ('{"question_id": [1], "prompt": "?", "text": "", "metadata": {}}', "is no answer"),
     ],
 )
 def test_rows_that_do_not_belong_are_named(line: str, part: str, tmp_path: Path) -> None:
@@ -289,6 +290,43 @@ def test_checkpoints_of_two_runs_have_two_names(model: Path, data: Path, tmp_pat
     flags = ["--model", link, "--benchmarks", "scienceqa", "--data", data, "--device", "cpu"]
     assert main(["eval", *map(str, flags), "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "scienceqa" / "run_checkpoint-5.jsonl").is_file()
+
+
+def test_models_and_parts_of_answers_keep_apart(tmp_path: Path) -> None:
+    """A model may be called almost like the files of several processes of another one."""
+    other = AnswerLog(tmp_path / "m.part.2.jsonl", "m.part.2", "k", SAMPLES)
+    other.append({0: "other"})
+    log = AnswerLog(tmp_path / "m.jsonl", "m", "k", SAMPLES)
+    log.part(1).append({1: "yes"})
+    log.collect()
+    assert log.answers == {1: "yes"}
+    assert not (tmp_path / "m.part1.jsonl").exists()
+    assert AnswerLog(other.path, "m.part.2", "k", SAMPLES).answers == {0: "other"}
+
+
+@pytest.mark.parametrize("name", ["m.blind", "m.part2", "a/b", "..", "a b", "a[1]"])
+def test_names_that_other_files_may_have_are_refused(
+    name: str, model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", model, "--name", name, "--benchmarks", "scienceqa", "--data", data]
+    assert main(["eval", *map(str, flags), "--out", str(tmp_path / "out")]) == 2
+    assert "give --name" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_fresh_sets_the_answers_of_several_processes_aside(
+    whole: Path, model: Path, data: Path, tmp_path: Path
+) -> None:
+    """What an interrupted run left, of this or another model, is neither used nor in the way nor lost."""
+    left = {0: (whole / "pope" / "m.jsonl").read_text().splitlines()[0], 1: '{"of": "another"}'}
+    (tmp_path / "pope").mkdir()
+    for rank, line in left.items():
+        line = line.replace('"text": "', '"text": "stale ')
+        (tmp_path / "pope" / f"m.part{rank}.jsonl").write_text(line + "\n")
+    assert evaluate(model, data, tmp_path, "--fresh") == 0
+    assert "stale" not in (tmp_path / "pope" / "m.jsonl").read_text()
+    assert "stale" in (tmp_path / "pope" / "m.part0.1.jsonl").read_text()
+    assert (tmp_path / "pope" / "m.part1.1.jsonl").is_file()
 
 
 def test_fingerprint_follows_weights_and_config(tmp_path: Path, model: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ _EPILOG = """\
 The first stock LLaVA answers once more without the images: the blind row. The same command goes on where an interrupted
 run stopped; `torchrun --nproc_per_node 8 -m llava_vlora compare ...` uses several GPUs.
 """
-_NAME = re.compile(r"[\w-][\w.+-]*")
 
 
 def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
@@ -73,13 +71,15 @@ def run(args: argparse.Namespace) -> int:
 
 def _pairs(flag: str, given: Sequence[str]) -> dict[str, str]:
     from ..errors import ConfigError
+    from ..evaluation.files import is_model_name
 
     found: dict[str, str] = {}
     for text in given:
         name, _, path = text.partition("=")
-        if not path or not _NAME.fullmatch(name) or name.endswith(".blind"):
+        if not path or not is_model_name(name):
             raise ConfigError(
-                f"{flag} {text}: give NAME=FOLDER with a name of letters, digits and -_.+, such as vlora=checkpoints/x."
+                f"{flag} {text}: give NAME=FOLDER with a name of letters, digits and -_.+ that does not end in .blind or "
+                ".part0, such as vlora=checkpoints/x."
             )
         if name in found:
             raise ConfigError(f"{flag} names {name!r} twice; each model needs a name of its own.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,13 @@ def set_aside(path: Path) -> Path | None:
         number += 1
     os.replace(path, other)
     return other
+
+
+def part_files(path: Path) -> list[Path]:
+    """What the processes of an interrupted run left beside an answer file."""
+    name = re.compile(re.escape(f"{path.stem}.part") + r"\d+\.jsonl")
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    return sorted(file for file in beside if name.fullmatch(file.name))
 
 
 class AnswerLog:
@@ -53,14 +61,15 @@ class AnswerLog:
         whole = data.rfind(b"\n") + 1
         if whole < len(data) and cut:
             os.truncate(path, whole)
-        for number, line in enumerate(data[:whole].decode("utf-8").split("\n")[:-1], start=1):
+        for number, line in enumerate(data[:whole].split(b"\n")[:-1], start=1):
             self._accept(line, f"{path}, line {number}")
 
-    def _accept(self, line: str, place: str) -> None:
+    def _accept(self, line: bytes, place: str) -> None:
         try:
             row = json.loads(line)
             name, prompt, text = row["question_id"], row["prompt"], row["text"]
             key = row["metadata"].get("run")
+            sample = self._asked.get((name, prompt))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise AnswersError(f"{place} is no answer ({error}); remove the line.") from error
         again = "Give another --out, or --fresh to answer all questions again; the file is kept."
@@ -68,7 +77,6 @@ class AnswerLog:
             raise AnswersError(
                 f"{place} was answered by another model or with other settings ({key}, now {self.key}). {again}"
             )
-        sample = self._asked.get((name, prompt))
         if sample is None:
             what = f"another prompt to question {name!r}" if name in self._known else None
             what = what or f"question {name!r}, which is not asked"
@@ -107,8 +115,7 @@ class AnswerLog:
 
     def collect(self) -> None:
         """Move the answers of all parts into this log; a crash in between loses and doubles none."""
-        parts = sorted(self.path.parent.glob(f"{self.path.stem}.part*.jsonl"))
-        for path in parts:
+        for path in part_files(self.path):
             part = AnswerLog(path, self.model, self.key, self.samples)
             new = {name: text for name, text in part.answers.items() if name not in self.answers}
             if new:

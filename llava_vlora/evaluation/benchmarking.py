@@ -21,10 +21,10 @@ from rich.table import Table
 from .. import provenance
 from ..benchmarks.base import Benchmark, FilePicture, Sample, Score
 from ..demo.process import progress_bar
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from ..integration import api
-from .answer_log import AnswerLog, set_aside
-from .files import write_json
+from .answer_log import AnswerLog, part_files, set_aside
+from .files import is_model_name, write_json
 from .fingerprint import fingerprint, run_key
 from .running import Asking, Place, answer_all
 
@@ -46,6 +46,14 @@ class Evaluation:
     bits: int | None = None
     device: str = "cpu"
     fresh: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse a name that another file may have; ``ConfigError``."""
+        if not is_model_name(self.name):
+            raise ConfigError(
+                f"The model's name {self.name!r} cannot stand in names of files: give --name with letters, digits and "
+                "-_.+, which does not end in .blind or .part0."
+            )
 
     def asking(self, benchmark: Benchmark) -> Asking:
         """How the model is asked."""
@@ -151,7 +159,8 @@ def _open(
     path = evaluation.file(benchmark, ".jsonl")
     if place.rank == 0:
         if evaluation.fresh:
-            set_aside(path)
+            for file in (path, *part_files(path)):
+                set_aside(file)
         # Answers of another model are found here, before anything is loaded.
         log = AnswerLog(path, evaluation.name, key, samples)
         log.collect()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,15 @@ from ..errors import DataError, listing
 
 #: Of a question, as its file has it.
 Id = int | str
+
+_MODEL = re.compile(r"[\w-][\w.+-]*")
+#: What this package adds to a model's name: answers without images, and those of one of several processes.
+_ADDED = re.compile(r"\.(blind|part\d+)$")
+
+
+def is_model_name(name: str) -> bool:
+    """Whether files can be called by a model's name, and no other model's are."""
+    return bool(_MODEL.fullmatch(name)) and not _ADDED.search(name)
 
 
 @dataclass(frozen=True)
