@@ -19,7 +19,7 @@ from llava_vlora.benchmarks import find, names
 from llava_vlora.benchmarks.base import EncodedPicture, FilePicture, Sample
 from llava_vlora.benchmarks.choices import chosen
 from llava_vlora.benchmarks.pope import says_yes
-from llava_vlora.benchmarks.tables import tab_separated
+from llava_vlora.benchmarks.tables import Row, distinct, tab_separated
 from llava_vlora.cli import main
 from llava_vlora.errors import ConfigError, DataError, ImageError
 
@@ -611,3 +611,12 @@ def test_prepare_counts_and_reads(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_what_eval_needs_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", "--model", "x"]) == 2
     assert "--benchmarks" in capsys.readouterr().err
+
+
+def test_ids_are_numbers_or_texts_and_differ(tmp_path: Path) -> None:
+    rows = [Row({"id": i}, f"f, line {n}") for n, i in enumerate((1, "1", [1], 1), start=1)]
+    distinct(rows[:2], "id")
+    with pytest.raises(DataError, match=r"f, line 3: the id \[1\] is neither a number nor a text"):
+        distinct(rows, "id")
+    with pytest.raises(DataError, match="f, line 4 has the id 1 of f, line 1"):
+        distinct([rows[0], rows[3]], "id")

@@ -275,6 +275,9 @@ def test_another_model_of_the_same_name_is_refused(
         (["--model-base", "x=y"], "there is no such model"),
         (["--benchmarks", "pop"], "no benchmark 'pop'; valid: "),
         (["--model", "more=/nowhere"], "no checkpoint folder /nowhere"),
+        (["--model", "more.blind=x"], "does not end in .blind"),
+        (["--model", "more.part0=x"], "does not end in .blind or .part0"),
+        (["--out", __file__], "test_compare.py cannot be written (File exists)"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_loaded(
@@ -289,6 +292,21 @@ def test_mistakes_are_named_before_anything_is_loaded(
     assert main([*flags, "--out", str(tmp_path / "out"), *change]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("out/*/*.jsonl"))
+
+
+def test_a_folder_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    toy(tmp_path)
+
+    def refuse(**_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    # Whoever may write everywhere, as in containers, meets no such folder.
+    monkeypatch.setattr("llava_vlora.evaluation.files.tempfile.TemporaryFile", refuse)
+    assert main(["report", str(tmp_path)]) == 2
+    assert f"{tmp_path} cannot be written (Read-only file system)" in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
 
 
 @pytest.mark.slow

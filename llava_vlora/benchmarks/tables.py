@@ -71,13 +71,15 @@ def _some(rows: list[Row], path: Path) -> list[Row]:
 
 
 def distinct(rows: Sequence[Row], key: str) -> None:
-    """Check that no two rows have the same value.
+    """Check that no two rows have the same value, a whole number or a text.
 
     Raises:
-        DataError: Two have.
+        DataError: Two have, or a value is something else.
     """
     first: dict[Any, str] = {}
     for row in rows:
+        if not isinstance(row[key], int | str):
+            raise DataError(f"{row.place}: the {key} {row[key]!r} is neither a number nor a text.")
         if row[key] in first:
             raise DataError(
                 f"{row.place} has the {key} {row[key]!r} of {first[row[key]]}; it must differ."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..evaluation.files import write_json, write_text
+from ..evaluation.files import require_writable, write_json, write_text
 from ..report.plots import save
 from .analysis import Comparison, analyse
 from .outputs import model_card, to_csv, to_markdown
@@ -18,8 +18,11 @@ def build(folder: Path, *, seed: int = 0) -> Comparison:
 
     Raises:
         DataError: A file is missing or damaged, or models were asked different questions.
+        ConfigError: The folder cannot be written.
     """
-    comparison = analyse(read_results(folder), seed=seed)
+    results = read_results(folder)
+    require_writable(folder)
+    comparison = analyse(results, seed=seed)
     plots = {}
     if any(b["scored"] for b in comparison["benchmarks"]):
         plots["credit"] = credit_plot(comparison)

@@ -24,7 +24,7 @@ from ..demo.process import progress_bar
 from ..errors import ConfigError, DataError
 from ..integration import api
 from .answer_log import AnswerLog, part_files, set_aside
-from .files import is_model_name, write_json
+from .files import is_model_name, require_writable, write_json
 from .fingerprint import fingerprint, run_key
 from .running import Asking, Place, answer_all
 
@@ -83,6 +83,7 @@ def evaluate(
     """
     place = join()
     asked = {b: b.read(evaluation.data)[: evaluation.limit] for b in evaluation.benchmarks}
+    require_writable(evaluation.out)
     model = fingerprint(evaluation.model, evaluation.base)
     keys = {b: _key(evaluation, b, model) for b in asked}
     logs = {b: _open(evaluation, b, samples, keys[b], place) for b, samples in asked.items()}

@@ -28,7 +28,7 @@ from ..integration import api
 from .answering import generate
 from .benchmarking import Evaluation, evaluate, join, load_model
 from .cost import CONVENTION, answer_cost, language_shape, vision_shape
-from .files import read_json, write_json
+from .files import read_json, require_writable, write_json
 from .fingerprint import fingerprint, run_key
 from .measuring import measure_times, parameter_counts, sequence_length, text_length
 
@@ -55,6 +55,7 @@ def compare(
     folder = evaluations[0].out
     start = time.perf_counter()
     if place.rank == 0:
+        require_writable(folder)
         write_json(folder / PLAN, _plan(evaluations, blind))
     for evaluation in evaluations:
         load = functools.cache(partial(load_model, evaluation))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, listing
+from ..errors import ConfigError, DataError, listing
 
 #: Of a question, as its file has it.
 Id = int | str
@@ -37,11 +38,30 @@ class Question:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: readers never meet half of it."""
+    """Write a file whole or not at all, also if the machine stops: readers never meet half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def require_writable(folder: Path) -> None:
+    """Make a folder and try to write into it, before the work that is to end there.
+
+    Raises:
+        ConfigError: That is not possible.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be written ({error.strerror}); give another folder."
+        ) from error
 
 
 def write_json(path: Path, value: object) -> None:
