@@ -115,6 +115,22 @@ def test_questions_about_one_image_count_as_one(tmp_path: Path) -> None:
     assert pair["p"] == pytest.approx(10 / 16)
 
 
+def test_one_image_shows_nothing(tmp_path: Path) -> None:
+    """However uneven: a single image could not show a difference, nor fix a score."""
+    found = toy(tmp_path, images=1)
+    (pair, *_), credit = found["pairs"], found["rows"]["llava"]["credit"]
+    assert (pair["difference"], pair["p"]) == (20, 1)
+    assert pair["interval"] is None
+    assert pair["detectable"] is None
+    # Wilson's of 0.8 in one trial.
+    assert credit["interval"] == pytest.approx([13.35, 99.05], abs=0.01)
+    comparison = build(tmp_path)
+    assert "(+20.0 points; answers too few or too much alike to say" in findings(comparison)[0]
+    assert "| Toy | llava - vlora | +20.0 |  | 1.00 | 1.00 |  |" in (
+        tmp_path / "comparison.md"
+    ).read_text()
+
+
 def test_p_values_allow_for_all_benchmarks(tmp_path: Path) -> None:
     write_scores(tmp_path, CREDIT, images=10)
     clear = {"llava": [1.0] * 12, "vlora": [0.0] * 12, "llava.blind": [0.0] * 12}

@@ -8,6 +8,8 @@ from scipy import stats as scipy_stats
 
 from llava_vlora.evaluation.statistics import (
     clustered_difference,
+    clustered_mean,
+    credit_interval,
     detectable_difference,
     holm,
     mcnemar_exact,
@@ -107,7 +109,6 @@ def test_detectable_difference_of_the_textbook() -> None:
     first, second = [1.0, 0.0] * 50, [0.0, 1.0] * 50
     expected = (1.959964 + 0.841621) * 1.0 / 10
     assert detectable_difference(first, second, range(100)) == pytest.approx(expected, rel=1e-6)
-    assert detectable_difference(first, first, range(100)) == 0
     block = [1.0] * 50 + [0.0] * 50, [0.0] * 50 + [1.0] * 50
     clustered = detectable_difference(*block, [i // 10 for i in range(100)])
     assert clustered == pytest.approx(expected * 10**0.5, rel=1e-6)
@@ -132,3 +133,30 @@ def test_a_detectable_difference_is_detected_as_often_as_it_says() -> None:
 )
 def test_holm_by_hand(given: list[float], expected: list[float]) -> None:
     assert holm(given) == pytest.approx(expected)
+
+
+def test_images_that_fare_alike_still_leave_doubt() -> None:
+    """A bootstrap of alike images has no width; an image then counts as one trial."""
+    one, images = [1.0, 1.0, 0.0, 1.0], ["a"] * 4
+    interval, name = credit_interval(one, images, seed=0)
+    assert name == "Wilson over images"
+    # Wilson's of 0.75 in one trial, with z^2 = 3.8415: (0.75 + 1.9207 -+ 1.96 sqrt(0.1875 + 0.9604)) / 4.8415.
+    assert [interval.low, interval.high] == pytest.approx([0.1179, 0.9853], abs=1e-4)
+    right, pairs = [1.0] * 20, [i // 2 for i in range(20)]
+    interval, _ = credit_interval(right, pairs, seed=0)
+    assert [interval.low, interval.high] == pytest.approx([10 / (10 + 3.8415), 1.0], abs=1e-4)
+
+
+def test_intervals_of_credit_are_named() -> None:
+    assert credit_interval([1.0, 0.0], [1, 2], seed=0) == (wilson_interval(1, 2), "Wilson")
+    values, images = [1.0, 0.0, 1.0, 1.0, 0.0, 0.5], [1, 1, 2, 2, 3, 3]
+    found = (clustered_mean(values, images, seed=0), "bootstrap over images")
+    assert credit_interval(values, images, seed=0) == found
+
+
+def test_nothing_is_said_to_be_detectable_where_no_answers_could_show_it() -> None:
+    """Five images that all favour one model have p = 2 / 32; six have 2 / 64."""
+    first, second = [1.0, 1.0, 1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
+    assert detectable_difference(first[:5], second[:5], range(5)) is None
+    assert detectable_difference(first, second, range(6)) is not None
+    assert detectable_difference(first, first, range(6)) is None

@@ -9,12 +9,11 @@ from typing import Any
 from ..evaluation.statistics import (
     Interval,
     clustered_difference,
-    clustered_mean,
+    credit_interval,
     detectable_difference,
     holm,
     mcnemar_exact,
     paired_permutation,
-    wilson_interval,
 )
 from .results import Results, Row
 
@@ -118,16 +117,9 @@ def _alone(clusters: Sequence[object]) -> bool:
 
 def _mean(values: Sequence[float], clusters: Sequence[Any], seed: int) -> dict[str, Any]:
     """Mean credit with a 95 % interval, in percent."""
-    exact = _binary(values) and _alone(clusters)
-    if exact:
-        interval = wilson_interval(int(sum(values)), len(values))
-    else:
-        interval = clustered_mean(values, clusters, seed=seed)
-    return {
-        "mean": 100 * sum(values) / len(values),
-        "interval": _percent(interval),
-        "method": "Wilson" if exact else "bootstrap over images",
-    }
+    interval, method = credit_interval(values, clusters, seed=seed)
+    mean = 100 * sum(values) / len(values)
+    return {"mean": mean, "interval": _percent(interval), "method": method}
 
 
 def _percent(interval: Interval) -> list[float]:
@@ -148,16 +140,19 @@ def _pair(
         p = mcnemar_exact([x > 0 for x in first], [x > 0 for x in second]).p_value
     else:
         p = paired_permutation(first, second, clusters, seed=seed)
+    interval = _percent(clustered_difference(first, second, clusters, seed=seed))
+    detectable = detectable_difference(first, second, clusters)
     return {
         "first": a.label,
         "second": b.label,
         "difference": 100 * (sum(first) - sum(second)) / len(first),
-        "interval": _percent(clustered_difference(first, second, clusters, seed=seed)),
+        # With few images, or all of them alike, resampling would promise too much.
+        "interval": None if detectable is None else interval,
         "test": "exact McNemar" if exact else "permutation of images",
         "p": p,
         "first_better": sum(x > y for x, y in zip(first, second, strict=True)),
         "second_better": sum(x < y for x, y in zip(first, second, strict=True)),
-        "detectable": 100 * detectable_difference(first, second, clusters),
+        "detectable": None if detectable is None else 100 * detectable,
     }
 
 

@@ -45,14 +45,19 @@ def _duel(comparison: Comparison, a: str, b: str) -> list[str]:
             loser = b if winner == a else a
             sentences.append(f"{winner} is better than {loser} on {', '.join(won)}.")
     unclear = [
-        f"{benchmark['title']} ({pair['difference']:+.1f} points; "
-        f"differences below {pair['detectable']:.1f} would mostly go unseen)"
+        f"{benchmark['title']} ({pair['difference']:+.1f} points; {_unseen(pair)})"
         for benchmark, pair in found
         if pair["p_holm"] >= LEVEL
     ]
     if unclear:
         sentences.append(f"No clear difference between {a} and {b} on {', '.join(unclear)}.")
     return sentences
+
+
+def _unseen(pair: Mapping[str, Any]) -> str:
+    if pair["detectable"] is None:
+        return "answers too few or too much alike to say what would be seen"
+    return f"differences below {pair['detectable']:.1f} would mostly go unseen"
 
 
 def _blind(comparison: Comparison) -> list[str]:

@@ -95,16 +95,16 @@ def pair_table(comparison: Comparison) -> list[list[str]]:
     lines = [head]
     for benchmark in comparison["benchmarks"]:
         for pair in benchmark["pairs"]:
-            low, high = pair["interval"]
+            ends, least = pair["interval"], pair["detectable"]
             lines.append(
                 [
                     benchmark["title"],
                     f"{pair['first']} - {pair['second']}",
                     f"{pair['difference']:+.1f}",
-                    f"{low:+.1f} to {high:+.1f}",
+                    "" if ends is None else f"{ends[0]:+.1f} to {ends[1]:+.1f}",
                     format_p(pair["p"]).removeprefix("= "),
                     format_p(pair["p_holm"]).removeprefix("= "),
-                    f"{pair['detectable']:.1f}",
+                    "" if least is None else value(least),
                     pair["test"],
                 ]
             )
@@ -148,7 +148,8 @@ def to_markdown(comparison: Comparison) -> str:
 
 _TESTS = (
     "Points of mean credit; p for no difference, once as it is and once allowing for all benchmarks (Holm); "
-    "detectable: the smallest true difference that this many questions would show with 80 % power at 5 %.\n"
+    "detectable: the smallest true difference that this many questions would show with 80 % power at 5 %; empty where "
+    "the answers are too few or too much alike to say.\n"
 )
 _ADDS = "(score with image - score without) / score without, of the headline metric.\n"
 

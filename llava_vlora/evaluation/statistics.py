@@ -11,6 +11,10 @@ from statistics import NormalDist
 import numpy as np
 
 
+#: Sums that differ by no more are equal but for the order of addition.
+_SAME = 1e-9
+
+
 @dataclass(frozen=True)
 class Interval:
     """A confidence interval; both ends belong to it."""
@@ -31,7 +35,7 @@ class PairedTest:
     """Two-sided probability of a split at least this uneven if both models were equally good."""
 
 
-def wilson_interval(successes: int, total: int, confidence: float = 0.95) -> Interval:
+def wilson_interval(successes: float, total: int, confidence: float = 0.95) -> Interval:
     """Wilson score interval of a proportion (Wilson 1927); sound near 0, near 1 and for few trials.
 
     Raises:
@@ -107,6 +111,30 @@ def clustered_mean(
     return Interval(float(low), float(high))
 
 
+def credit_interval(
+    values: Sequence[float], clusters: Sequence[Hashable], *, seed: int
+) -> tuple[Interval, str]:
+    """95 % interval of the mean of values from 0 to 1, and its name.
+
+    Wilson's where values are 0 or 1 and each has a cluster of its own; else the bootstrap over clusters. Clusters that
+    are all alike, or one alone, leave nothing to draw from: there it is Wilson's with a cluster as one trial, the
+    widest that dependence within clusters allows.
+
+    Args:
+        values: One for each question.
+        clusters: For each question, what it shares with others, such as its image.
+        seed: Seed of the resampling.
+    """
+    count = len(set(clusters))
+    if set(values) <= {0.0, 1.0} and count == len(values):
+        return wilson_interval(sum(values), count), "Wilson"
+    found = clustered_mean(values, clusters, seed=seed)
+    if found.high - found.low > _SAME:
+        return found, "bootstrap over images"
+    mean = min(1.0, sum(values) / len(values))
+    return wilson_interval(mean * count, count), "Wilson over images"
+
+
 def clustered_difference(
     first: Sequence[float],
     second: Sequence[float],
@@ -149,8 +177,7 @@ def paired_permutation(
     """
     sums, _ = _by_cluster(_differences(first, second), clusters)
     sums = sums[sums != 0]
-    # Sums that are equal but for the order of addition are equal.
-    observed = abs(sums.sum()) - 1e-9
+    observed = abs(sums.sum()) - _SAME
     if 2 ** min(len(sums), 60) <= flips:
         signs = np.array(list(itertools.product((-1, 1), repeat=len(sums))))
         return float((abs(signs @ sums) >= observed).mean())
@@ -168,16 +195,19 @@ def detectable_difference(
     *,
     power: float = 0.8,
     level: float = 0.05,
-) -> float:
+) -> float | None:
     """Smallest true difference that a test at ``level`` would find with probability ``power``.
 
     ``(z_(1 - level/2) + z_power)`` standard errors of the mean difference, which these answers give: it depends on
     the number of questions and on how often the two models differ. The error allows for clusters (sum over clusters
-    of the squared sums of residuals).
+    of the squared sums of residuals). None where that says nothing: there are so few clusters that no answers would
+    give a paired test a p-value below ``level``, or all differences are alike.
     """
     values = _differences(first, second)
     sums, sizes = _by_cluster(values, clusters)
     error = np.sqrt(((sums - sizes * np.mean(values)) ** 2).sum()) / len(values)
+    if 2.0 ** (1 - len(sums)) > level or error < _SAME:
+        return None
     normal = NormalDist()
     return float((normal.inv_cdf(1 - level / 2) + normal.inv_cdf(power)) * error)
 

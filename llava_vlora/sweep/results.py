@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import provenance
 from ..evaluation.files import read_json, require_keys
-from ..evaluation.statistics import clustered_mean
+from ..evaluation.statistics import credit_interval
 from . import state
 from .plan import Run, Step, settings
 from .spec import Spec
@@ -85,7 +85,7 @@ def _score(file: Path) -> dict[str, Any]:
     interval = None
     if credit and value is not None and math.isclose(value, 100 * sum(credit) / len(credit)):
         images = [s["image"] or ("no image", s["id"]) for s in stated["samples"]]
-        found = clustered_mean(credit, images, seed=0)
+        found, _ = credit_interval(credit, images, seed=0)
         interval = [100 * found.low, 100 * found.high]
     copied = {key: stated[key] for key in _COPIED}
     return {"metric": headline, "value": value, "interval": interval, "metrics": metrics, **copied}
