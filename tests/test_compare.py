@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from llava_vlora.cli import main
 from llava_vlora.comparison.analysis import Comparison, analyse
@@ -195,6 +196,44 @@ def test_files_of_a_comparison(tmp_path: Path) -> None:
     card = (tmp_path / "cards" / "vlora.md").read_text()
     assert "      value: 60.0\n" in card
     assert "--benchmarks toy" in card
+
+
+def test_intervals_stand_at_scores_that_are_mean_credit(tmp_path: Path) -> None:
+    """A number of right answers is none, also where it is 0 as its mean credit is."""
+    none, two = [0.0] * 10, [1.0, 1.0] + [0.0] * 8
+    write_scores(tmp_path, {"a": none, "b": two}, images=10, metrics={"score": 0.0})
+    file = tmp_path / "toy" / "b.score.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"metrics": {"score": 2.0}}))
+    build(tmp_path)
+    assert "| Toy | score | 10 | 0.0 | 2.0 |" in (tmp_path / "comparison.md").read_text()
+
+
+def test_a_folder_of_blind_answers_has_a_report(tmp_path: Path) -> None:
+    write_scores(tmp_path, {"m.blind": [1.0, 0.0]}, images=2)
+    assert main(["report", str(tmp_path)]) == 0
+    assert "<h1>m, blind</h1>" in (tmp_path / "report.html").read_text()
+
+
+def test_page_of_a_folder_where_a_model_lacks_a_benchmark(tmp_path: Path) -> None:
+    write_scores(tmp_path, {"a": [0.0] * 9 + [1.0], "b": [1.0] * 10}, images=10)
+    write_scores(tmp_path, {"a": [1.0] * 7}, "other", images=7)
+    build(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "17 questions;" in page
+    assert "<td>&minus;100.0 to &minus;70.0</td>" in page
+
+
+@pytest.mark.parametrize("name", ["1.5", "no", "llava"])
+def test_model_cards_are_yaml(name: str, tmp_path: Path) -> None:
+    write_scores(tmp_path, {name: [1.0, 0.0]}, title="Bench: hard", images=2)
+    write_scores(tmp_path, {name: []}, "server", metrics={}, chance=None)
+    build(tmp_path)
+    head = (tmp_path / "cards" / f"{name}.md").read_text().split("---\n")[1]
+    (entry,) = yaml.safe_load(head)["model-index"]
+    assert entry["name"] == name
+    (result,) = entry["results"]
+    assert result["dataset"] == {"name": "Bench: hard", "type": "toy"}
+    assert result["metrics"] == [{"name": "accuracy", "type": "accuracy", "value": 50.0}]
 
 
 def test_page_is_one_file_that_asks_for_nothing(tmp_path: Path) -> None:

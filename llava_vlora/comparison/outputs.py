@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,12 +64,17 @@ def headline(benchmark: Mapping[str, Any], label: str) -> str:
         return ""
     if benchmark["headline"] is None:
         return "scored elsewhere"
-    figure, credit = row["metrics"][benchmark["headline"]], row["credit"]
-    shown = value(figure)
-    if credit is not None and abs(credit["mean"] - figure) < 1e-6:
-        low, high = credit["interval"]
+    shown = value(row["metrics"][benchmark["headline"]])
+    # A single row may agree by chance, as a number of right answers does at 0.
+    if all(_is_mean(other, benchmark["headline"]) for other in benchmark["rows"].values()):
+        low, high = row["credit"]["interval"]
         shown += f" ({low:.1f} to {high:.1f})"
     return shown
+
+
+def _is_mean(row: Mapping[str, Any], metric: str) -> bool:
+    credit = row["credit"]
+    return credit is not None and abs(credit["mean"] - row["metrics"][metric]) < 1e-6
 
 
 def score_table(comparison: Comparison) -> list[list[str]]:
@@ -132,7 +138,7 @@ def markdown_table(lines: list[list[str]]) -> str:
 
 def to_markdown(comparison: Comparison) -> str:
     """Findings and tables."""
-    parts = [f"# {joined(comparison['models'])}\n"]
+    parts = [f"# {joined(comparison['models'] or comparison['rows'])}\n"]
     parts += ["".join(f"- {sentence}\n" for sentence in findings(comparison))]
     parts += ["## Scores\n", markdown_table(score_table(comparison))]
     parts += [
@@ -165,9 +171,10 @@ def model_card(comparison: Comparison, model: str) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in (runs[0]["versions"] or {}).items())
     names = [b["name"] for b in comparison["benchmarks"] if model in b["rows"]]
     metadata = "".join(_indexed(b, model) for b in comparison["benchmarks"] if model in b["rows"])
+    results = f"\n{metadata}" if metadata else " []\n"
     return (
-        f"---\npipeline_tag: image-text-to-text\ntags:\n- llava\n- vlora\nmodel-index:\n- name: {model}\n"
-        f"  results:\n{metadata}---\n\n# {model}\n\n## Evaluation\n\n"
+        "---\npipeline_tag: image-text-to-text\ntags:\n- llava\n- vlora\nmodel-index:\n"
+        f"- name: {json.dumps(model)}\n  results:{results}---\n\n# {model}\n\n## Evaluation\n\n"
         f"{markdown_table(score_table(comparison))}\n"
         f"Greedy answers, template {runs[0]['asking'].get('conv_mode')}. Made by `llava-vlora eval --model <folder> "
         f"--benchmarks {','.join(names)}` with {versions}.\n"
@@ -177,12 +184,12 @@ def model_card(comparison: Comparison, model: str) -> str:
 def _indexed(benchmark: Mapping[str, Any], model: str) -> str:
     """One entry of a model index, as hubs read it."""
     metrics = "".join(
-        f"    - name: {name}\n      type: {name.lower().replace(' ', '_')}\n      value: {figure}\n"
+        f"    - name: {json.dumps(name)}\n      type: {json.dumps(name.lower().replace(' ', '_'))}\n      value: {figure}\n"
         for name, figure in benchmark["rows"][model]["metrics"].items()
     )
     if not metrics:
         return ""
     return (
         "  - task:\n      type: visual-question-answering\n"
-        f"    dataset:\n      name: {benchmark['title']}\n      type: {benchmark['name']}\n    metrics:\n{metrics}"
+        f"    dataset:\n      name: {json.dumps(benchmark['title'])}\n      type: {benchmark['name']}\n    metrics:\n{metrics}"
     )

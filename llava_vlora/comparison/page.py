@@ -36,7 +36,7 @@ def render_page(comparison: Comparison, plots: Mapping[str, Path], folder: Path)
         plots: PNG files by name, as :mod:`llava_vlora.comparison.plots` makes them.
         folder: The run folder, for disagreements and their pictures.
     """
-    title = joined(comparison["models"])
+    title = joined(comparison["models"] or comparison["rows"])
     sections = [
         _header(comparison, title),
         _scores(comparison, plots),
@@ -78,18 +78,20 @@ def _lines(lines: Sequence[Sequence[str]]) -> str:
 
 
 def _number(text: str) -> str:
-    shown = escape(text)
-    return "&minus;" + shown[1:] if shown.startswith("-") else shown.replace(" -", " &minus;")
+    shown = escape(text).replace(" -", " &minus;")
+    return "&minus;" + shown[1:] if shown.startswith("-") else shown
 
 
 def _header(comparison: Comparison, title: str) -> str:
     items = "".join(f"<li>{_minus(sentence)}</li>" for sentence in findings(comparison))
     count = len(comparison["benchmarks"])
     asked = sum(b["questions"] for b in comparison["benchmarks"])
+    all_asked = all(set(b["rows"]) == set(comparison["rows"]) for b in comparison["benchmarks"])
+    each = " to each model" if all_asked else ""
     listed = f'<ul class="findings">{items}</ul>' if items else ""
     return (
         f"<h1>{escape(title)}</h1>"
-        f'<p class="soft">{count} benchmark{"s" if count != 1 else ""}, {asked:,} questions to each model; '
+        f'<p class="soft">{count} benchmark{"s" if count != 1 else ""}, {asked:,} questions{each}; '
         f"the same prompts and greedy answers.</p>{listed}"
     )
 
@@ -266,6 +268,8 @@ def _disagreements(comparison: Comparison, folder: Path) -> str:
         if not file.is_file():
             continue
         found = read_rows(file, ("id", "prompt", "answers", "credit"))
+        if not found:
+            continue
         cards = [_card(comparison, row, file.parent) for row in found if row.get("shown")]
         parts.append(
             f"<details{' open' if not parts else ''}><summary>{escape(benchmark['title'])}: {len(found):,} of "
