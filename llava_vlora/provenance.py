@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,18 @@ def _git(*arguments: str) -> str | None:
     except FileNotFoundError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def command() -> str:
+    """The command line of this process as it can be typed again; ``torchrun`` and its processes included."""
+    program, *arguments = sys.argv
+    start = [program]
+    if Path(program).name == "__main__.py":  # what Python makes of -m
+        processes, here = (int(os.environ.get(n, "1")) for n in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        nodes = ["--nnodes", str(processes // here)] if processes > here else []
+        together = ["torchrun", *nodes, "--nproc_per_node", str(here)]
+        start = [*(together if processes > 1 else ["python"]), "-m", Path(program).parent.name]
+    return shlex.join([*start, *arguments])
 
 
 def machine() -> dict[str, Any]:

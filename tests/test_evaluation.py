@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from llava_vlora.benchmarks import find
 from llava_vlora.benchmarks.base import Sample
+from llava_vlora import provenance
 from llava_vlora.cli import main
 from llava_vlora.errors import AnswersError
 from llava_vlora.evaluation import running
@@ -327,6 +328,34 @@ def test_fresh_sets_the_answers_of_several_processes_aside(
     assert "stale" not in (tmp_path / "pope" / "m.jsonl").read_text()
     assert "stale" in (tmp_path / "pope" / "m.part0.1.jsonl").read_text()
     assert (tmp_path / "pope" / "m.part1.1.jsonl").is_file()
+
+
+@pytest.mark.parametrize(
+    ("program", "ranks", "expected"),
+    [
+        ("/v/bin/llava-vlora", {}, "/v/bin/llava-vlora eval --name 'a b'"),
+        ("/v/llava_vlora/__main__.py", {}, "python -m llava_vlora eval --name 'a b'"),
+        (
+            "/v/llava_vlora/__main__.py",
+            {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"},
+            "torchrun --nproc_per_node 8 -m llava_vlora eval --name 'a b'",
+        ),
+        (
+            "/v/llava_vlora/__main__.py",
+            {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"},
+            "torchrun --nnodes 2 --nproc_per_node 4 -m llava_vlora eval --name 'a b'",
+        ),
+    ],
+)
+def test_commands_can_be_typed_again(
+    program: str, ranks: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", [program, "eval", "--name", "a b"])
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    assert provenance.command() == expected
 
 
 def test_fingerprint_follows_weights_and_config(tmp_path: Path, model: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shlex
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -199,7 +197,7 @@ def _write(
             for s in samples
             if s.id in score.credit
         ],
-        "command": shlex.join(sys.argv),
+        "command": provenance.command(),
         "versions": provenance.versions(),
         "commit": provenance.commit(),
         "machine": provenance.machine(),

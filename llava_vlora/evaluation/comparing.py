@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
-import shlex
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -87,7 +85,7 @@ def _plan(evaluations: Sequence[Evaluation], blind: Sequence[str]) -> dict[str, 
         "models": [e.name for e in evaluations],
         "blind": list(blind),
         "benchmarks": [b.name for b in evaluations[0].benchmarks],
-        "command": shlex.join(sys.argv),
+        "command": provenance.command(),
         "versions": provenance.versions(),
         "commit": provenance.commit(),
     }

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,7 @@ def collect(spec: Spec, runs: Sequence[Run]) -> Result:
     variants = {name: _variant(own) for name, own in found.items()}
     return {
         "file": str(spec.file),
-        "command": shlex.join(sys.argv),
+        "command": provenance.command(),
         "settings": settings(spec),
         "versions": provenance.versions(),
         "commit": provenance.commit(),
