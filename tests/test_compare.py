@@ -127,9 +127,10 @@ def test_one_image_shows_nothing(tmp_path: Path) -> None:
     assert credit["interval"] == pytest.approx([13.35, 99.05], abs=0.01)
     comparison = build(tmp_path)
     assert "(+20.0 points; answers too few or too much alike to say" in findings(comparison)[0]
-    assert "| Toy | llava - vlora | +20.0 |  | 1.00 | 1.00 |  |" in (
-        tmp_path / "comparison.md"
-    ).read_text()
+    assert (
+        "| Toy | llava - vlora | +20.0 |  | 1.00 | 1.00 |  |"
+        in (tmp_path / "comparison.md").read_text()
+    )
 
 
 def test_p_values_allow_for_all_benchmarks(tmp_path: Path) -> None:
@@ -177,6 +178,10 @@ def test_rows_that_were_asked_other_questions_are_refused(tmp_path: Path) -> Non
         read_results(tmp_path)
     with pytest.raises(DataError, match=r"has no scores.*llava-vlora eval --out"):
         read_results(tmp_path / "toy")
+    (tmp_path / "toy" / "b.score.json").unlink()
+    (tmp_path / "a.cost.json").write_text("{}")
+    with pytest.raises(DataError, match=r"a\.cost\.json: lacks 'question'"):
+        read_results(tmp_path)
     (tmp_path / "toy" / "b.score.json").write_text("{}")
     with pytest.raises(DataError, match=r"b\.score\.json: lacks 'benchmark'"):
         read_results(tmp_path)
@@ -308,6 +313,19 @@ def test_a_second_run_loads_nothing(
     after = read(compared)
     assert after["benchmarks"] == before["benchmarks"]
     assert after["costs"] == before["costs"]
+
+
+def test_costs_of_one_folder_are_of_one_question(
+    compared: Path, flags: list[str], tmp_path: Path
+) -> None:
+    """Other benchmarks have another typical question; costs of the former one are not comparable."""
+    out = shutil.copytree(compared, tmp_path / "out")
+    more = ["--benchmarks", "scienceqa", "--no-blind", "--out", str(out)]
+    assert main([*flags, *more]) == 0
+    (before,) = {cost["question"] for cost in read(compared)["costs"].values()}
+    (after,) = {cost["question"] for cost in read(out)["costs"].values()}
+    assert before.startswith("Is there a")
+    assert "given choices" in after
 
 
 def test_another_model_of_the_same_name_is_refused(

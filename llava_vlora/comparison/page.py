@@ -177,7 +177,8 @@ def _pairs(comparison: Comparison) -> str:
         "<h2>Paired tests</h2><p>The same questions, answered by two rows: difference of mean credit in points with a "
         "95 % bootstrap interval over images; p for no difference, as it is and corrected for the number of benchmarks "
         "(Holm). Detectable: the smallest true difference that this many questions would show with 80 % power at the "
-        "5 % level, given how often the two differ; empty where the answers are too few or too much alike to say.</p>" + _lines(lines)
+        "5 % level, given how often the two differ; empty where the answers are too few or too much alike to say.</p>"
+        + _lines(lines)
     )
 
 

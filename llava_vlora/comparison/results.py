@@ -15,6 +15,17 @@ PLAN, COMPARISON = "compare.json", "comparison.json"
 _SCORE, _BLIND, _COST = ".score.json", ".blind", ".cost.json"
 _KEYS = ("benchmark", "title", "model", "asking", "questions", "metrics", "samples", "chance")
 
+_COST_KEYS = (
+    "question",
+    "convention",
+    "sequence",
+    "flops",
+    "time",
+    "parameters",
+    "memory",
+    "device",
+)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -79,8 +90,14 @@ def read_results(folder: Path) -> Results:
     found = sorted({row for rows in scores.values() for row in rows}, key=lambda r: _rank(r, order))
     asked = plan.get("benchmarks", [])
     names = sorted(scores, key=lambda n: (asked.index(n) if n in asked else len(asked), n))
-    costs = {f.name.removesuffix(_COST): read_json(f) for f in sorted(folder.glob(f"*{_COST}"))}
+    costs = {f.name.removesuffix(_COST): _cost(f) for f in sorted(folder.glob(f"*{_COST}"))}
     return Results(folder, tuple(found), {n: scores[n] for n in names}, costs, plan)
+
+
+def _cost(file: Path) -> dict[str, Any]:
+    cost: dict[str, Any] = read_json(file)
+    require_keys(cost, _COST_KEYS, str(file))
+    return cost
 
 
 def _rank(row: Row, order: Sequence[str]) -> tuple[bool, int, str]:

@@ -94,20 +94,26 @@ def _plan(evaluations: Sequence[Evaluation], blind: Sequence[str]) -> dict[str, 
 def _measure(evaluation: Evaluation, load: Any) -> None:
     """Write what an answer of the model costs, unless that is known."""
     file = evaluation.out / f"{evaluation.name}.cost.json"
-    settings = {"bits": evaluation.bits, "device": evaluation.device}
-    key = run_key(fingerprint(evaluation.model, evaluation.base), settings)
-    if file.is_file() and read_json(file).get("run") == key:
-        return
     asked = [s for b in evaluation.benchmarks for s in b.read(evaluation.data)[: evaluation.limit]]
     seen = sorted(
         (s for s in asked if s.image is not None), key=lambda s: (len(s.prompt), str(s.id))
     )
     if not seen:
         return
+    chosen = seen[len(seen) // 2]
+    settings = {
+        "bits": evaluation.bits,
+        "device": evaluation.device,
+        "prompt": chosen.prompt,
+        "id": chosen.id,
+    }
+    key = run_key(fingerprint(evaluation.model, evaluation.base), settings)
+    if file.is_file() and read_json(file).get("run") == key:
+        return
     loaded = load()
     if loaded.image_processor is None:
         return  # a plain language model sees none
-    write_json(file, {"run": key, **cost_of_answer(loaded, seen[len(seen) // 2])})
+    write_json(file, {"run": key, **cost_of_answer(loaded, chosen)})
 
 
 def cost_of_answer(loaded: api.Loaded, sample: Sample) -> dict[str, Any]:
