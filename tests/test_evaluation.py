@@ -15,14 +15,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from llava_vlora import provenance
 from llava_vlora.benchmarks import find
 from llava_vlora.benchmarks.base import Sample
-from llava_vlora import provenance
 from llava_vlora.cli import main
 from llava_vlora.errors import AnswersError
 from llava_vlora.evaluation import running
 from llava_vlora.evaluation.answer_log import AnswerLog
-from llava_vlora.evaluation.files import read_rows
+from llava_vlora.evaluation.files import is_model_name, read_rows
 from llava_vlora.evaluation.fingerprint import fingerprint
 from llava_vlora.integration.api import Loaded, prompt_ids
 from tests.test_benchmarks import make_pope, make_scienceqa, make_textvqa
@@ -356,6 +356,11 @@ def test_commands_can_be_typed_again(
     for name, value in ranks.items():
         monkeypatch.setenv(name, value)
     assert provenance.command() == expected
+
+
+@pytest.mark.parametrize("name", ["llava-v1.5-7b", "blind", "a=1+c-seed-0", "m.partial", "模型"])
+def test_names_of_models_and_of_sweeps_are_taken(name: str) -> None:
+    assert is_model_name(name)
 
 
 def test_fingerprint_follows_weights_and_config(tmp_path: Path, model: Path) -> None:

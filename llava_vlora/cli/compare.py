@@ -78,8 +78,8 @@ def _pairs(flag: str, given: Sequence[str]) -> dict[str, str]:
         name, _, path = text.partition("=")
         if not path or not is_model_name(name):
             raise ConfigError(
-                f"{flag} {text}: give NAME=FOLDER with a name of letters, digits and -_.+ that does not end in .blind or "
-                ".part0, such as vlora=checkpoints/x."
+                f"{flag} {text}: give NAME=FOLDER with a name of letters, digits and -_.+ that does not end in "
+                ".blind or .part0, such as vlora=checkpoints/x."
             )
         if name in found:
             raise ConfigError(f"{flag} names {name!r} twice; each model needs a name of its own.")

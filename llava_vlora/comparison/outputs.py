@@ -184,12 +184,14 @@ def model_card(comparison: Comparison, model: str) -> str:
 def _indexed(benchmark: Mapping[str, Any], model: str) -> str:
     """One entry of a model index, as hubs read it."""
     metrics = "".join(
-        f"    - name: {json.dumps(name)}\n      type: {json.dumps(name.lower().replace(' ', '_'))}\n      value: {figure}\n"
+        f"    - name: {json.dumps(name)}\n      type: {json.dumps(name.lower().replace(' ', '_'))}\n"
+        f"      value: {figure}\n"
         for name, figure in benchmark["rows"][model]["metrics"].items()
     )
     if not metrics:
         return ""
     return (
         "  - task:\n      type: visual-question-answering\n"
-        f"    dataset:\n      name: {json.dumps(benchmark['title'])}\n      type: {benchmark['name']}\n    metrics:\n{metrics}"
+        f"    dataset:\n      name: {json.dumps(benchmark['title'])}\n      type: {benchmark['name']}\n"
+        f"    metrics:\n{metrics}"
     )

@@ -50,7 +50,7 @@ class Evaluation:
         if not is_model_name(self.name):
             raise ConfigError(
                 f"The model's name {self.name!r} cannot stand in names of files: give --name with letters, digits and "
-                "-_.+, which does not end in .blind or .part0."
+                "-_.+=, which does not end in .blind or .part0."
             )
 
     def asking(self, benchmark: Benchmark) -> Asking:

@@ -16,7 +16,7 @@ from ..errors import ConfigError, DataError, listing
 #: Of a question, as its file has it.
 Id = int | str
 
-_MODEL = re.compile(r"[\w-][\w.+-]*")
+_MODEL = re.compile(r"[\w+=-][\w.+=-]*")
 #: What this package adds to a model's name: answers without images, and those of one of several processes.
 _ADDED = re.compile(r"\.(blind|part\d+)$")
 

@@ -10,7 +10,6 @@ from statistics import NormalDist
 
 import numpy as np
 
-
 #: Sums that differ by no more are equal but for the order of addition.
 _SAME = 1e-9
 
