@@ -620,3 +620,31 @@ def test_ids_are_numbers_or_texts_and_differ(tmp_path: Path) -> None:
         distinct(rows, "id")
     with pytest.raises(DataError, match="f, line 4 has the id 1 of f, line 1"):
         distinct([rows[0], rows[3]], "id")
+
+
+# --- intervals of headlines -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pope", "scienceqa", "mme"])
+def test_headlines_of_weights_are_those_of_the_scorer(name: str, tmp_path: Path) -> None:
+    """With weight 1 the figure is the headline; images drawn twice or never count so."""
+    make = {"pope": make_pope, "scienceqa": make_scienceqa, "mme": make_mme}[name]
+    make(tmp_path)
+    bench = find(name)
+    samples = bench.read(tmp_path)
+    for flip in range(4):
+        texts = {s.id: ("yes", "No", "B", "A")[(i + flip) % 4] for i, s in enumerate(samples)}
+        score = bench.score(samples, texts)
+        even = {s.id: 1.0 for s in samples}
+        found = bench.headline(samples, score.credit, even)
+        assert found == pytest.approx(next(iter(score.metrics.values())))
+        twice = {s.id: 2.0 for s in samples}
+        assert bench.headline(samples, score.credit, twice) == pytest.approx(found)
+        images = {s.image.name for s in samples if s.image is not None}
+        without = sorted(images)[0]
+        kept = [s for s in samples if s.image is None or s.image.name != without]
+        weights = {s.id: float(s in kept) for s in samples}
+        rest = bench.score(kept, {s.id: texts[s.id] for s in kept})
+        if {s.category for s in kept} == {s.category for s in samples}:
+            expected = next(iter(rest.metrics.values()))
+            assert bench.headline(samples, score.credit, weights) == pytest.approx(expected)

@@ -200,7 +200,8 @@ def test_files_of_a_comparison(tmp_path: Path) -> None:
     assert "| Toy | llava - vlora | +20.0 |" in text
     card = (tmp_path / "cards" / "vlora.md").read_text()
     assert "      value: 60.0\n" in card
-    assert "--benchmarks toy" in card
+    assert "\neval vlora\n" in card  # the command
+    assert "- vlora\n" not in card  # the score file does not say so
 
 
 def test_intervals_stand_at_scores_that_are_mean_credit(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from llava_vlora.cli import main
 from llava_vlora.errors import AnswersError
 from llava_vlora.evaluation import running
 from llava_vlora.evaluation.answer_log import AnswerLog
-from llava_vlora.evaluation.files import is_model_name, read_rows
+from llava_vlora.evaluation.files import alone, is_model_name, read_rows
 from llava_vlora.evaluation.fingerprint import fingerprint
 from llava_vlora.integration.api import Loaded, prompt_ids
 from tests.test_benchmarks import make_pope, make_scienceqa, make_textvqa
@@ -187,6 +187,25 @@ def test_blind_answers_stand_beside(whole: Path, model: Path, data: Path, tmp_pa
     for row in blind:
         asked.setdefault(row["prompt"], set()).add(row["text"])
     assert all(len(texts) == 1 for texts in asked.values())
+
+
+def test_a_plain_language_model_is_asked_blind(
+    llm_dir: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(llm_dir, data, tmp_path) == 2
+    assert "is a plain language model, which reads no images; ask it with --blind" in (
+        capsys.readouterr().err
+    )
+    assert evaluate(llm_dir, data, tmp_path, "--blind") == 0
+
+
+def test_two_evaluations_do_not_share_a_file(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with alone(tmp_path / ".m.lock", "test"):
+        assert evaluate(model, data, tmp_path) == 2
+        assert "Another evaluation of m works in" in capsys.readouterr().err
+        assert evaluate(model, data, tmp_path, "--blind") == 0  # another file
 
 
 def test_missing_images_are_named_at_once(

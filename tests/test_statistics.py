@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
 from llava_vlora.evaluation.statistics import (
     clustered_difference,
+    clustered_figure,
     clustered_mean,
     credit_interval,
     detectable_difference,
@@ -160,3 +163,19 @@ def test_nothing_is_said_to_be_detectable_where_no_answers_could_show_it() -> No
     assert detectable_difference(first[:5], second[:5], range(5)) is None
     assert detectable_difference(first, second, range(6)) is not None
     assert detectable_difference(first, first, range(6)) is None
+
+
+def test_interval_of_a_figure_is_that_of_the_mean_where_it_is_one() -> None:
+    draw = np.random.default_rng(1)
+    values = draw.random(300)
+    clusters = [i // 3 for i in range(300)]
+
+    def mean(weights: Sequence[float]) -> float:
+        return float(np.average(values, weights=weights))
+
+    found = clustered_figure(mean, clusters, seed=0, resamples=4000)
+    expected = clustered_mean(values.tolist(), clusters, seed=1, resamples=4000)
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.004)
+    assert clustered_figure(mean, [0] * 300, seed=0) is None
+    assert clustered_figure(lambda weights: 1.0, clusters, seed=0) is None

@@ -25,11 +25,12 @@ from safetensors.torch import save_file
 from llava_vlora.cli import main
 from llava_vlora.demo.plan import STAGES
 from llava_vlora.errors import CheckpointError, ConfigError
+from llava_vlora.evaluation.files import alone
 from llava_vlora.integration.trainer_flags import trainer_flags
 from llava_vlora.sweep import child, results, state, tables
 from llava_vlora.sweep.pipeline import Sweep
 from llava_vlora.sweep.plan import Run, Step, plan
-from llava_vlora.sweep.running import Place, alone, duration, run_steps
+from llava_vlora.sweep.running import Place, duration, run_steps
 from llava_vlora.sweep.spec import Spec, read_spec
 from tests.two_stacks import REPO, environment, run_python
 
@@ -453,10 +454,13 @@ def test_a_step_ends_with_a_sweep_that_was_killed_and_nobody_else_has_its_lock(
 
 
 def test_two_sweeps_do_not_share_a_folder(tmp_path: Path) -> None:
-    with alone(tmp_path), pytest.raises(ConfigError, match="Another sweep works in"):
-        with alone(tmp_path):
+    with (
+        alone(tmp_path / ".lock", "sweep"),
+        pytest.raises(ConfigError, match="Another sweep works in"),
+    ):
+        with alone(tmp_path / ".lock", "sweep"):
             pass
-    with alone(tmp_path):
+    with alone(tmp_path / ".lock", "sweep"):
         pass
 
 

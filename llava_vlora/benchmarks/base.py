@@ -150,6 +150,15 @@ class Benchmark(ABC):
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str]) -> Score:
         """Score one answer for each question."""
 
+    def headline(
+        self, samples: Sequence[Sample], credit: Mapping[Id, float], weights: Mapping[Id, float]
+    ) -> float | None:
+        """The headline metric with each question counted as often as its weight says; None if it is the mean credit.
+
+        Questions about one image have one weight.
+        """
+        return None
+
     def chance(self, samples: Sequence[Sample]) -> float | None:
         """The headline metric of answers drawn at random; None where that has no meaning."""
         return None
@@ -176,3 +185,11 @@ def by_category(samples: Sequence[Sample], credit: Mapping[Id, float]) -> dict[s
     """Mean credit of each type of question, in percent."""
     names = dict.fromkeys(s.category for s in samples if s.category)
     return {n: percent([s for s in samples if s.category == n], credit) for n in names}
+
+
+def weighted(
+    samples: Sequence[Sample], credit: Mapping[Id, float], weights: Mapping[Id, float]
+) -> float:
+    """Weighted mean credit in percent, 0 of no questions."""
+    total = sum(weights[s.id] for s in samples)
+    return 100 * sum(weights[s.id] * credit[s.id] for s in samples) / total if total else 0.0

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import DataError
-from .base import Benchmark, FilePicture, Id, Need, Sample, Score, by_category
+from .base import Benchmark, FilePicture, Id, Need, Sample, Score, by_category, weighted
 from .tables import json_lines, require
 
 PERCEPTION = (
@@ -84,6 +84,21 @@ class MME(Benchmark):
                 f"{here / _QUESTIONS} has {several[alone]} questions about {alone}, not two."
             )
         return samples
+
+    def headline(
+        self, samples: Sequence[Sample], credit: Mapping[Id, float], weights: Mapping[Id, float]
+    ) -> float:
+        """Perception."""
+        total = 0.0
+        for task in (t for t in PERCEPTION if any(s.category == t for s in samples)):
+            asked = [s for s in samples if s.category == task]
+            right: dict[str, float] = {}
+            for sample in asked:
+                image = sample.reference[0]
+                right[image] = min(right.get(image, 1.0), credit[sample.id])
+            both = {s.id: right[s.reference[0]] for s in asked}
+            total += weighted(asked, credit, weights) + weighted(asked, both, weights)
+        return total
 
     def expected(self, sample: Sample) -> str:
         """The right answer."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..evaluation.science_qa import science_qa_credit
-from .base import Benchmark, FilePicture, Id, Need, Sample, Score, by_category, percent
+from .base import Benchmark, FilePicture, Id, Need, Sample, Score, by_category, percent, weighted
 from .tables import Row, distinct, json_file
 
 _QUESTIONS = "llava_test_CQM-A.json"
@@ -65,6 +65,12 @@ class ScienceQA(Benchmark):
             (problem["answer"], len(problem["choices"])),
             written=f"{slot}{text}\n{_ASK}",
         )
+
+    def headline(
+        self, samples: Sequence[Sample], credit: Mapping[Id, float], weights: Mapping[Id, float]
+    ) -> float:
+        """Accuracy of the questions with an image."""
+        return weighted([s for s in samples if s.image is not None], credit, weights)
 
     def expected(self, sample: Sample) -> str:
         """The right answer."""

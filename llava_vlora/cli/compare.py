@@ -106,5 +106,6 @@ def _blind(asked: Sequence[str] | None, models: Mapping[str, str]) -> list[str]:
     if asked is not None:
         _known("--blind", asked, models)
         return list(dict.fromkeys(asked))
-    stock = [name for name, path in models.items() if not inspect_checkpoint(path).vlora]
+    found = {name: inspect_checkpoint(path) for name, path in models.items()}
+    stock = [name for name, c in found.items() if c.multimodal and not c.vlora]
     return [stock[0] if stock else next(iter(models))]

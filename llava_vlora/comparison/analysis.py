@@ -45,7 +45,9 @@ def analyse(results: Results, *, seed: int = 0) -> Comparison:
         "costs": results.costs,
         "runs": {
             name: {
-                row.label: {k: stated.get(k) for k in ("model", "asking", "command", "commit")}
+                row.label: {
+                    k: stated.get(k) for k in ("model", "vlora", "asking", "command", "commit")
+                }
                 | {k: stated.get(k) for k in ("versions", "machine", "run", "limit")}
                 for row, stated in rows.items()
             }
@@ -78,6 +80,7 @@ def _benchmark(
         "rows": {
             row.label: {
                 "metrics": dict(scores[row]["metrics"]),
+                "headline_interval": scores[row].get("headline_interval"),
                 "credit": _mean(credit[row], clusters, seed) if samples else None,
             }
             for row in rows

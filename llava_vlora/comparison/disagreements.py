@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ def write_disagreements(
     """
     found = disagreements(results, benchmark)
     folder = results.folder / benchmark
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)
     pictures = {str(s.id): s.image for s in samples}
     shown = _drawn(found, seed)
     for row in found:

@@ -58,13 +58,16 @@ def value(figure: float) -> str:
 
 
 def headline(benchmark: Mapping[str, Any], label: str) -> str:
-    """The headline score of a row with the interval of its mean credit where both are the same figure."""
+    """The headline score of a row with its interval."""
     row = benchmark["rows"].get(label)
     if row is None:
         return ""
     if benchmark["headline"] is None:
         return "scored elsewhere"
     shown = value(row["metrics"][benchmark["headline"]])
+    if row["headline_interval"] is not None:
+        low, high = row["headline_interval"]
+        return f"{shown} ({low:.1f} to {high:.1f})"
     # A single row may agree by chance, as a number of right answers does at 0.
     if all(_is_mean(other, benchmark["headline"]) for other in benchmark["rows"].values()):
         low, high = row["credit"]["interval"]
@@ -169,15 +172,16 @@ def model_card(comparison: Comparison, model: str) -> str:
     """
     runs = [runs[model] for runs in comparison["runs"].values() if model in runs]
     versions = ", ".join(f"{k} {v}" for k, v in (runs[0]["versions"] or {}).items())
-    names = [b["name"] for b in comparison["benchmarks"] if model in b["rows"]]
     metadata = "".join(_indexed(b, model) for b in comparison["benchmarks"] if model in b["rows"])
     results = f"\n{metadata}" if metadata else " []\n"
+    tags = "- vlora\n" if runs[0].get("vlora") else ""
+    commands = "\n".join(dict.fromkeys(str(run["command"]) for run in runs))
     return (
-        "---\npipeline_tag: image-text-to-text\ntags:\n- llava\n- vlora\nmodel-index:\n"
+        f"---\npipeline_tag: image-text-to-text\ntags:\n- llava\n{tags}model-index:\n"
         f"- name: {json.dumps(model)}\n  results:{results}---\n\n# {model}\n\n## Evaluation\n\n"
         f"{markdown_table(score_table(comparison))}\n"
-        f"Greedy answers, template {runs[0]['asking'].get('conv_mode')}. Made by `llava-vlora eval --model <folder> "
-        f"--benchmarks {','.join(names)}` with {versions}.\n"
+        f"Greedy answers, template {runs[0]['asking'].get('conv_mode')}, made with {versions} by\n\n"
+        f"```bash\n{commands}\n```\n"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
@@ -21,10 +22,12 @@ from ..benchmarks.base import Benchmark, FilePicture, Sample, Score
 from ..demo.process import progress_bar
 from ..errors import ConfigError, DataError
 from ..integration import api
+from ..integration.checkpoint import inspect_checkpoint
 from .answer_log import AnswerLog, part_files, set_aside
-from .files import is_model_name, require_writable, write_json
+from .files import alone, is_model_name, require_writable, write_json
 from .fingerprint import fingerprint, run_key
 from .running import Asking, Place, answer_all
+from .statistics import clustered_figure
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,12 @@ class Evaluation:
 
     def file(self, benchmark: Benchmark, end: str) -> Path:
         """A file of this model's results; blind answers have a name of their own."""
-        blind = "" if self.see else ".blind"
-        return self.out / benchmark.name / f"{self.name}{blind}{end}"
+        return self.out / benchmark.name / f"{self.stem}{end}"
+
+    @property
+    def stem(self) -> str:
+        """How the files of this model begin."""
+        return self.name if self.see else f"{self.name}.blind"
 
 
 def evaluate(
@@ -82,7 +89,21 @@ def evaluate(
     place = join()
     asked = {b: b.read(evaluation.data)[: evaluation.limit] for b in evaluation.benchmarks}
     require_writable(evaluation.out)
-    model = fingerprint(evaluation.model, evaluation.base)
+    with ExitStack() as stack:
+        if place.rank == 0:
+            lock = evaluation.out / f".{evaluation.stem}.lock"
+            stack.enter_context(alone(lock, f"evaluation of {evaluation.stem}"))
+        return _evaluate(evaluation, asked, place, console, load)
+
+
+def _evaluate(
+    evaluation: Evaluation,
+    asked: Mapping[Benchmark, Sequence[Sample]],
+    place: Place,
+    console: Console,
+    load: Callable[[], api.Loaded] | None,
+) -> dict[str, Score]:
+    model = weights_of(evaluation)
     keys = {b: _key(evaluation, b, model) for b in asked}
     logs = {b: _open(evaluation, b, samples, keys[b], place) for b, samples in asked.items()}
     load = functools.cache(load or partial(load_model, evaluation))
@@ -112,6 +133,25 @@ def evaluate(
             for note in score.notes:
                 console.print(f"{name}: {note}", soft_wrap=True)
     return scores
+
+
+def weights_of(evaluation: Evaluation) -> str:
+    """A name for the model that changes with its files: checkpoint, base, and a vision tower in a folder.
+
+    Raises:
+        ConfigError: The model reads no images, and is to see some.
+    """
+    tower = None
+    if Path(evaluation.model).expanduser().is_dir():
+        checkpoint = inspect_checkpoint(evaluation.model)
+        if evaluation.see and not checkpoint.multimodal:
+            raise ConfigError(
+                f"{evaluation.name} ({evaluation.model}) is a plain language model, which reads no images; ask it "
+                "with --blind."
+            )
+        tower = checkpoint.config.get("mm_vision_tower")
+    local = tower if tower is not None and Path(tower).is_dir() else None
+    return fingerprint(evaluation.model, evaluation.base, local)
 
 
 def load_model(evaluation: Evaluation) -> api.Loaded:
@@ -177,12 +217,14 @@ def _write(
         "title": benchmark.title,
         "citation": benchmark.citation,
         "model": {"name": evaluation.name, "path": evaluation.model, "base": evaluation.base},
+        "vlora": _is_vlora(evaluation.model),
         "run": key,
         "asking": asdict(evaluation.asking(benchmark)) | {"bits": evaluation.bits},
         "questions": len(samples),
         "data": str(evaluation.data.resolve()),
         "limit": evaluation.limit,
         "metrics": dict(score.metrics),
+        "headline_interval": _headline_interval(benchmark, samples, score),
         "chance": benchmark.chance(samples),
         "breakdown": dict(score.breakdown),
         "notes": list(score.notes),
@@ -203,6 +245,28 @@ def _write(
         "machine": provenance.machine(),
     }
     write_json(evaluation.file(benchmark, ".score.json"), stated)
+
+
+def _is_vlora(model: str) -> bool:
+    return Path(model).expanduser().is_dir() and inspect_checkpoint(model).vlora
+
+
+def _headline_interval(
+    benchmark: Benchmark, samples: Sequence[Sample], score: Score
+) -> list[float] | None:
+    """95 % of a headline that is not the mean credit, by drawing images; None where it is, or has no such rule."""
+    scored = [s for s in samples if s.id in score.credit]
+    even = dict.fromkeys(score.credit, 1.0)
+    if not scored or benchmark.headline(scored, score.credit, even) is None:
+        return None
+    clusters = [("no image", s.id) if s.image is None else s.image.name for s in scored]
+
+    def figure(counts: Sequence[float]) -> float:
+        weights = {s.id: w for s, w in zip(scored, counts, strict=True)}
+        return benchmark.headline(scored, score.credit, weights) or 0.0
+
+    interval = clustered_figure(figure, clusters, seed=0)
+    return None if interval is None else [interval.low, interval.high]
 
 
 def _table(

@@ -6,7 +6,8 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,33 @@ class Question:
     """File name below the image folder."""
     text: str
     category: str
+
+
+@contextmanager
+def alone(lock: Path, what: str) -> Iterator[None]:
+    """Keep a second process away while open; on systems without file locks nothing is kept away.
+
+    Args:
+        lock: A file that may be there.
+        what: What works there, for the message.
+
+    Raises:
+        ConfigError: Another process has the lock.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"Another {what} works in {lock.parent}; wait for it, or give another --out."
+            ) from None
+        yield
 
 
 def write_text(path: Path, text: str) -> None:

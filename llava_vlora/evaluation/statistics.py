@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -32,6 +32,10 @@ class PairedTest:
     """Questions that only the second model answers correctly."""
     p_value: float
     """Two-sided probability of a split at least this uneven if both models were equally good."""
+
+
+#: Of clusters, from which the bootstrap says something about a figure that is no mean.
+_FEWEST = 6
 
 
 def wilson_interval(successes: float, total: int, confidence: float = 0.95) -> Interval:
@@ -132,6 +136,38 @@ def credit_interval(
         return found, "bootstrap over images"
     mean = min(1.0, sum(values) / len(values))
     return wilson_interval(mean * count, count), "Wilson over images"
+
+
+def clustered_figure(
+    figure: Callable[[Sequence[float]], float],
+    clusters: Sequence[Hashable],
+    *,
+    seed: int,
+    resamples: int = 500,
+    confidence: float = 0.95,
+) -> Interval | None:
+    """The same interval of any figure of weighted questions; None where it never changes, and of few clusters.
+
+    Args:
+        figure: Of the weights of all questions, how often each was drawn.
+        clusters: For each question, what it shares with others, such as its image.
+        seed: Seed of the resampling.
+        resamples: Number of bootstrap samples.
+        confidence: Share of the samples inside the interval.
+    """
+    places: dict[Hashable, int] = {}
+    index = np.array([places.setdefault(c, len(places)) for c in clusters])
+    if len(places) < _FEWEST:
+        return None
+    draw = np.random.default_rng(seed)
+    found = []
+    for _ in range(resamples):
+        drawn = np.bincount(draw.integers(len(places), size=len(places)), minlength=len(places))
+        found.append(figure(drawn[index].astype(float).tolist()))
+    if min(found) == max(found):
+        return None
+    low, high = np.quantile(found, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(low), float(high))
 
 
 def clustered_difference(

@@ -13,12 +13,12 @@ from rich.console import Console
 from ..benchmarks import find
 from ..demo.process import progress_bar
 from ..errors import ConfigError, listing
-from ..evaluation.files import write_json, write_text
+from ..evaluation.files import alone, write_json, write_text
 from ..sceneqa import write_dataset
 from . import results, state, tables
 from .flags import lost_files
 from .plan import Run, Step, plan
-from .running import Place, alone, run_steps
+from .running import Place, run_steps
 from .spec import Spec
 
 
@@ -44,7 +44,7 @@ class Sweep:
             raise ConfigError(f"{lost[0]}, which is not there. Put it there, or correct the path.")
         for launcher in (self.spec.launcher, self.spec.evaluate.launcher):
             self.place.check(launcher)
-        with alone(self.spec.out):
+        with alone(self.spec.out / ".lock", "sweep"):
             self._write_scenes()
             for name in self.spec.evaluate.benchmarks:
                 find(name).read(self.spec.evaluate.data)  # now, and not after days of training
