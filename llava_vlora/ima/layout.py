@@ -35,6 +35,10 @@ class Role(IntEnum):
 #: Registers a hook.
 Watch = Callable[[], RemovableHandle]
 
+#: What stands for perceptual tokens, see :mod:`~.views`. ``tokens``: a model that has them; ``ablation``: what answers
+#: lose without parts of the weights.
+View = Literal["tokens", "counterfactual", "stream", "basis", "ablation"]
+
 #: A kind of tokens: perceptual (P), textual without the system prompt (T), or every one that is not padding.
 Kind = Literal["P", "T", "all", "system", "question", "answer"]
 

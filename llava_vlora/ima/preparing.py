@@ -15,6 +15,7 @@ from ..errors import ConfigError, IMAError, listing
 from ..evaluation.answering import generate
 from ..integration.api import Loaded, pixel_values, prompt_ids
 from ..placeholder import IMAGE_TOKEN_INDEX
+from ..weights import PerceptualWeights
 from .layout import Batch, Role
 
 #: What the language model reads behind the image.
@@ -67,6 +68,27 @@ def prepare(
         images = [q.images if see else () for q in chunk]
         with torch.no_grad():
             yield _batch(loaded, chunk, rows, images)
+
+
+@torch.no_grad()
+def perceive(
+    loaded: Loaded, images: Iterable[Image.Image], *, batch_size: int = 1
+) -> Iterator[PerceptualWeights]:
+    """What a VLoRA model makes of images, whatever is asked about them.
+
+    Args:
+        loaded: The model.
+        images: The images.
+        batch_size: Images at once.
+
+    Raises:
+        IMAError: The model makes no perceptual weights.
+    """
+    if not hasattr(loaded.model, "vlora_config"):
+        raise IMAError("Only a VLoRA model makes perceptual weights of an image; this is none.")
+    stream = iter(images)
+    while chunk := list(islice(stream, batch_size)):
+        yield loaded.model.perceive(pixel_values(chunk, loaded))
 
 
 @dataclass(frozen=True)

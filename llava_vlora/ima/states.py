@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..decoder import decoder_layers
 from ..errors import ConfigError, IMAError, UnsupportedDecoderError, listing
-from .layout import Batch, Watch, run, where
+from .layout import Batch, View, Watch, run, where
 
 #: State -> tensor of one batch ``[B, N, width]``; the number counts blocks from 1, 0 is what the first block reads.
 Key = tuple[str, int]
@@ -55,6 +55,8 @@ class Example:
     """``[n]`` of :class:`~.layout.Role`."""
     states: dict[Key, Tensor]
     """``[n, width]`` each."""
+    view: View = "tokens"
+    """What the perceptual rows are; only examples of one view can be compared."""
 
     def tokens(self, point: str, layer: int, kind: str) -> Tensor:
         """States of one kind of tokens: ``[t, width]``.
@@ -133,16 +135,21 @@ def _states(
     for number in layers:
         if number == 0 and "x" in points:
             keep = _keep(found, ("x", 0), batch.roles.shape)
-            watches.append(_watch(blocks[0], "input", keep))
+            watches.append(watch(blocks[0], "input", keep))
         for name in points if number else ():
-            module, side = _place(blocks[number - 1], name)
+            module, side = place(blocks[number - 1], name)
             keep = _keep(found, (name, number), batch.roles.shape)
-            watches.append(_watch(module, side, keep))
+            watches.append(watch(module, side, keep))
     run(model, batch, *watches)
     return found
 
 
-def _place(block: nn.Module, name: str) -> tuple[nn.Module, Literal["input", "output"]]:
+def place(block: nn.Module, name: str) -> tuple[nn.Module, Literal["input", "output"]]:
+    """The submodule of a decoder layer where a state of :data:`POINTS` is, and on which side of it.
+
+    Raises:
+        UnsupportedDecoderError: The layer has none of the submodules where the state is known to be.
+    """
     point = POINTS[name]
     modules = dict(block.named_modules())
     for path in point.paths:
@@ -162,9 +169,11 @@ def _keep(found: dict[Key, Tensor], key: Key, shape: torch.Size) -> Callable[[Te
     return keep
 
 
-def _watch(
+def watch(
     module: nn.Module, side: Literal["input", "output"], keep: Callable[[Tensor], None]
 ) -> Watch:
+    """What registers a hook that hands ``keep`` the input or output of a module."""
+
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         keep(args[0] if args else kwargs["hidden_states"])
 
