@@ -18,7 +18,7 @@ from ..errors import IMAError
 from ..weights import Factors, PerceptualWeights
 from .basis import Basis, Side, decompose
 from .layout import View
-from .views import Measured, Running
+from .views import Cell, Measured, Running
 
 SIDES: tuple[Side, ...] = ("input", "output")
 _Bases = Mapping[tuple[str, int], Basis]
@@ -146,12 +146,12 @@ class _Shares:
                 self._sums[letter, layer] = before[0] + own, before[1] + own.square().sum()
 
     def result(self) -> Measured:
-        running, n = Running("basis"), self._count
+        n, cells = self._count, []
         for (letter, layer), (total, squares) in self._sums.items():
             differing = (squares - total.square().sum() / n) * n / (n - 1)
-            running.add("image share", layer + 1, letter, float(differing / squares))
-        (measured,) = running.results()
-        return measured
+            cells.append(Cell(layer + 1, letter, float(differing / squares), None, n))
+        cells.sort(key=lambda cell: cell.block)
+        return Measured("basis", "image share", tuple(cells))
 
 
 def _compressed(factor: Factors, j: int, letter: str) -> Tensor:

@@ -28,9 +28,10 @@ class Cell:
     place: str
     """A weight type or a state of :data:`~.states.POINTS`."""
     mean: float
-    std: float
-    """Standard deviation over the examples (population)."""
+    std: float | None
+    """Standard deviation over the examples (population); None for what is defined by all of them together."""
     count: int
+    """Examples, images or pairs of them."""
     chance: float | None = None
     """What random directions give, where there is such a level."""
 
