@@ -148,6 +148,7 @@ def measure_ablations(
     return AblationResult(rows, len(names), reference)
 
 
+@torch.no_grad()
 def score_answers(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Log-probability of each right answer, its end included, and whether greedy decoding would give it.
 

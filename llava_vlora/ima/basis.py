@@ -124,7 +124,7 @@ def lie_along(directions: Tensor, values: Tensor, tokens: Tensor) -> float:
         values: Their singular values ``[R]``.
         tokens: t of them, ``[t, d]``.
     """
-    tokens = wide(tokens)
+    tokens = wide(tokens.to(directions.device))
     squares = (tokens @ directions).square() / tokens.square().sum(-1, keepdim=True)
     share = (squares * values.square()).sum(-1) / values.square().sum()
     return float(share.mean()) * len(directions)

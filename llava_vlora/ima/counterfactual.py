@@ -146,7 +146,8 @@ def measure_changes(
         direction: Also ``cosine``, for which no change may be zero.
 
     Returns:
-        ``norm`` of D, ``text norm`` of T(0), ``norm ratio`` of the two, ``cosine`` of D and T(0) of the same token.
+        ``norm`` of D, ``text norm`` of T(0), ``norm ratio`` of the two, ``cosine`` of D and T(0) of the same token;
+        the mean of the cosine of ``x`` over blocks is the IMA score of this view for matched tokens.
 
     Raises:
         IMAError: There is no example, one is of another view, or ``direction`` is asked of a change that is zero.
