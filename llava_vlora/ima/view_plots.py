@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -205,19 +206,12 @@ def _chance_line(axes: Axes, one: Measured) -> None:
 
 
 def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
-    shown = {}
+    shown: dict[str, Artist] = {}
     for axes in panels:
-        handles, labels = axes.get_legend_handles_labels()
-        shown |= {
-            label: handle
-            for handle, label in zip(handles, labels, strict=True)
-            if label not in shown
-        }
-    if shown:
-        figure.legend(
-            list(shown.values()),
-            list(shown),
-            loc="outside upper center",
-            ncols=len(shown),
-            frameon=False,
-        )
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            shown.setdefault(label, handle)
+    if not shown:
+        return
+    handles, labels = list(shown.values()), list(shown)
+    place = "outside upper center"
+    figure.legend(handles, labels, loc=place, ncols=len(shown), frameon=False)
