@@ -212,6 +212,10 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
             shown.setdefault(label, handle)
     if not shown:
         return
-    handles, labels = list(shown.values()), list(shown)
-    place = "outside upper center"
-    figure.legend(handles, labels, loc=place, ncols=len(shown), frameon=False)
+    figure.legend(
+        list(shown.values()),
+        list(shown),
+        loc="outside upper center",
+        ncols=len(shown),
+        frameon=False,
+    )
