@@ -6,7 +6,7 @@ Shapes: B examples, N tokens, L blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -53,7 +53,7 @@ class Example:
     name: str
     roles: Tensor
     """``[n]`` of :class:`~.layout.Role`."""
-    states: dict[Key, Tensor]
+    states: Mapping[Key, Tensor]
     """``[n, width]`` each."""
     view: View = "tokens"
     """What the perceptual rows are; only examples of one view can be compared."""
