@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..errors import IMAError
+from ..errors import ConfigError, IMAError
 from .states import Example
 
 
@@ -120,6 +120,20 @@ class Layers:
         if not self._layers:
             raise IMAError("There is no example to analyse.")
         return self._layers
+
+    def apart(self, step: int) -> list[int]:
+        """The blocks l of which block l + ``step`` is there too.
+
+        Raises:
+            ConfigError: There is none.
+        """
+        found = [n for n in self.known if n + step in self.known]
+        if not found:
+            raise ConfigError(
+                f"No two of the blocks {list(self.known)} are {step} apart; leave {step} out of the steps, or collect "
+                "more blocks."
+            )
+        return found
 
 
 def pool(curves: Sequence[Curve], **of: str | int | bool) -> Curve:

@@ -289,25 +289,15 @@ class SelfSimilarity:
             for n in self.steps:
                 found = [
                     float(reduce(units[layer + n], units[layer], f"diag_{self.stat}"))
-                    for layer in self._starts(n)
+                    for layer in self._layers.apart(n)
                 ]
                 self._moments[n, kind].add(torch.tensor([found], dtype=torch.float64))
-
-    def _starts(self, step: int) -> list[int]:
-        layers = self._layers.known
-        found = [n for n in layers if n + step in layers]
-        if not found:
-            raise ConfigError(
-                f"No two of the blocks {list(layers)} are {step} apart; leave {step} out of the steps, or collect more "
-                "blocks."
-            )
-        return found
 
     def result(self) -> list[Curve]:
         """For each step and kind, a curve over the earlier of the two blocks."""
         return [
             moments.curve(
-                self._starts(n),
+                self._layers.apart(n),
                 statistic="self-similarity",
                 point=self._layers.point,
                 kinds=kind,

@@ -1,0 +1,221 @@
+"""The IMA score: how alike perceptual and textual tokens are inside a language model (arXiv 2405.16700, section 4).
+
+``IMA = mean_l mean_(n,m) Sim(P_n^l', T_m^l)`` with l' = l (``same``) or 0 (``input``: perceptual tokens as they enter).
+The paper's blocks are l = 0 to L - 1. Values are small and near 0: they compare models, and have no threshold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, IMAError, listing
+from ..evaluation.statistics import Interval
+from .curves import Curve, Layers, feed, pool
+from .pairs import grids
+from .similarity import (
+    VECTOR_SIMS,
+    MatchedSimilarity,
+    Pairs,
+    Sim,
+    VectorPairs,
+    check_sim,
+    labels,
+)
+from .states import Example
+
+PerceptualLayer = Literal["same", "input"]
+
+
+@dataclass(frozen=True)
+class Value:
+    """A mean over blocks and pairs."""
+
+    score: float
+    interval: Interval | None
+    """Percentile bootstrap over examples; None for a single example."""
+    curve: Curve
+    """The similarity at each block; spread over pairs."""
+    examples: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """The score of a model."""
+
+    sim: str
+    perceptual_layer: str
+    pairs: str
+    point: str
+    confidence: float
+    whole: Value
+    """Data sets count alike, however many examples each has; the curve's spread is over the pairs of all."""
+    data_sets: dict[str, Value]
+
+
+def ima_score(
+    data_sets: Mapping[str, Iterable[Example]],
+    *,
+    perceptual_layer: PerceptualLayer = "same",
+    sim: Sim = "median",
+    layers: Sequence[int] | None = None,
+    pairs: Pairs = "all",
+    point: str = "x",
+    kinds: tuple[str, str] = ("P", "T"),
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+) -> Score:
+    """The IMA score with an interval.
+
+    Matched pairs, and ``avg`` and ``mean`` over all pairs, take one pass over any iterable in constant memory; other
+    measures over all pairs need a list or a :class:`~.store.StateStore`.
+
+    Args:
+        data_sets: Name -> examples.
+        perceptual_layer: Perceptual tokens at the block of the textual ones, or as the first block reads them.
+        sim: Measure.
+        layers: Blocks of the textual tokens; all that were collected by default. The paper's are 0 to L - 1.
+        pairs: Each example with all of its data set (the paper's), or with itself alone.
+        point: State inside the blocks.
+        kinds: Kinds of tokens that take the places of P and T.
+        confidence: Of the interval.
+        resamples: Bootstrap samples of the examples, drawn in each data set for itself.
+        seed: Of the samples.
+        device: Where all pairs are computed; where the states are by default.
+
+    Raises:
+        ConfigError: An argument is unknown, or two contradict each other.
+        IMAError: There is no example, or states or tokens are missing.
+    """
+    check_sim(sim, pairs)
+    if perceptual_layer not in ("same", "input"):
+        raise ConfigError(
+            f"There is no perceptual layer {perceptual_layer!r}; choose from {listing(['same', 'input'])}."
+        )
+    if perceptual_layer == "input" and point != "x":
+        raise ConfigError(
+            f"perceptual_layer='input' is the residual stream before the first block, and {point!r} is another state; "
+            "use point='x' or perceptual_layer='same'."
+        )
+    if not data_sets:
+        raise IMAError("There is no data set to score.")
+    asked = _Asked(kinds, sim, pairs, point, layers, 0 if perceptual_layer == "input" else None)
+    draw = np.random.default_rng(seed)
+    found = {name: asked.pairs_of(examples, device) for name, examples in data_sets.items()}
+    drawn = {name: one.resampled(draw, resamples) for name, one in found.items()}
+    values = {
+        name: Value(one.curve.average, _interval(drawn[name], confidence), one.curve, one.examples)
+        for name, one in found.items()
+    }
+    return Score(
+        sim,
+        perceptual_layer,
+        pairs,
+        point,
+        confidence,
+        _together(values, drawn, confidence),
+        values,
+    )
+
+
+@dataclass(frozen=True)
+class _Paired:
+    """The pairs of one data set."""
+
+    curve: Curve
+    examples: int
+    sums: Tensor
+    """``[G, G]``: similarities of all pairs of two groups, mean over blocks; ``[G]`` for matched pairs."""
+    sizes: Tensor
+    """``[G]`` examples in each group."""
+
+    def resampled(self, draw: np.random.Generator, count: int) -> np.ndarray:
+        """Means of bootstrap samples of the groups: ``[count]``, or none of a single group."""
+        groups = len(self.sizes)
+        if groups < 2:
+            return np.empty(0)
+        chosen = draw.multinomial(groups, np.full(groups, 1 / groups), size=count).astype(float)
+        sums, sizes = self.sums.numpy(), chosen @ self.sizes.numpy()
+        if sums.ndim == 1:
+            return np.asarray(chosen @ sums / sizes)
+        return np.asarray(((chosen @ sums) * chosen).sum(1) / sizes**2)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked of every data set."""
+
+    kinds: tuple[str, str]
+    sim: Sim
+    pairs: str
+    point: str
+    layers: Sequence[int] | None
+    first_layer: int | None
+
+    def pairs_of(self, examples: Iterable[Example], device: torch.device | str | None) -> _Paired:
+        options: dict[str, Any] = {
+            "point": self.point,
+            "layers": self.layers,
+            "first_layer": self.first_layer,
+        }
+        if self.pairs == "matched":
+            matched = MatchedSimilarity(self.kinds, self.sim, **options)
+            feed(examples, matched)
+            values = torch.tensor(matched.averages, dtype=torch.float64)
+            return _Paired(matched.result(), len(values), values, torch.ones_like(values))
+        if self.sim in VECTOR_SIMS:
+            vectors = VectorPairs(self.kinds, self.sim, **options)
+            feed(examples, vectors)
+            sums = torch.stack(list(vectors.sums())).mean(0)
+            sizes = vectors.sizes()
+            return _Paired(vectors.result(), int(sizes.sum()), sums, sizes)
+        return self._token_pairs(examples, device)
+
+    def _token_pairs(
+        self, examples: Iterable[Example], device: torch.device | str | None
+    ) -> _Paired:
+        if not isinstance(examples, Sequence):
+            raise ConfigError(
+                f"{self.sim!r} over all pairs reads each example many times, and this is a stream: give a list or a "
+                f"StateStore, pairs='matched', or one of {listing(VECTOR_SIMS)}."
+            )
+        if not examples:
+            raise IMAError("There is no example to analyse.")
+        chosen = Layers(self.point, self.layers).of(examples[0])
+        whole = torch.zeros(len(examples), len(examples), dtype=torch.float64)
+        spread = []
+        for grid in grids(examples, self.kinds[0], examples, self.kinds[1], self.sim, point=self.point,
+                          layers=chosen, first_layer=self.first_layer, device=device):  # fmt: skip
+            whole += grid / len(chosen)
+            spread.append((float(grid.mean()), float(grid.std(correction=0))))
+        mean, std = zip(*spread, strict=True)
+        of = labels(self.point, self.kinds, self.sim, self.pairs, self.first_layer)
+        curve = Curve(of, chosen, mean, std, len(examples) ** 2)
+        return _Paired(curve, len(examples), whole, torch.ones(len(examples), dtype=torch.float64))
+
+
+def _interval(drawn: np.ndarray, confidence: float) -> Interval | None:
+    if not len(drawn):
+        return None
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(low), float(high))
+
+
+def _together(
+    values: Mapping[str, Value], drawn: Mapping[str, np.ndarray], confidence: float
+) -> Value:
+    curves = [value.curve for value in values.values()]
+    same = pool(curves, **curves[0].of)
+    mean = tuple(float(m) for m in np.mean([c.mean for c in curves], axis=0))
+    curve = Curve(same.of, same.layers, mean, same.std, same.count)
+    whole = [d for d in drawn.values() if len(d)]
+    together = np.mean(whole, axis=0) if len(whole) == len(drawn) else np.empty(0)
+    examples = sum(value.examples for value in values.values())
+    return Value(curve.average, _interval(together, confidence), curve, examples)
