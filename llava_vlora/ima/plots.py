@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import cycle
 
 import numpy as np
@@ -31,8 +31,12 @@ def curve_plot(
         label: What the numbers are, with their unit.
         log: Logarithmic scale, as norms of sinks need.
         average: A dashed line at each curve's mean over blocks.
+
+    Raises:
+        IMAError: There is no curve.
     """
-    _require(curves)
+    if not curves:
+        raise IMAError("There is no curve to draw.")
     figure, (axes,) = new_figure(7.2, 3.8, 1)
     for (name, curve), color in zip(curves.items(), cycle(_COLORS), strict=False):
         alone = "o" if len(curve.layers) == 1 else None
@@ -73,8 +77,17 @@ def embedding_plot(embedding: Embedding, *, lines: bool = True) -> Figure:
     for name, color in zip(sets, cycle(_COLORS), strict=False):
         for kind, marker in zip(kinds, cycle(_MARKERS), strict=False):
             chosen = [i for i, group in enumerate(groups) if group == (name, kind)]
-            style = {"color": color, "edgecolor": "white", "linewidth": 0.4}
-            axes.scatter(x[chosen], y[chosen], 32, marker=marker, label=f"{name}, {kind}", zorder=2, **style)  # fmt: skip
+            axes.scatter(
+                x[chosen],
+                y[chosen],
+                s=32,
+                marker=marker,
+                color=color,
+                edgecolor="white",
+                linewidth=0.4,
+                label=f"{name}, {kind}",
+                zorder=2,
+            )
     if embedding.explained is None:
         axes.set_xticks([])
         axes.set_yticks([])
@@ -119,8 +132,3 @@ def score_plot(
     axes.set_xlabel(score)
     axes.set_ylabel(metric)
     return figure
-
-
-def _require(curves: Mapping[str, Curve] | Sequence[Curve]) -> None:
-    if not curves:
-        raise IMAError("There is no curve to draw.")

@@ -73,7 +73,7 @@ def unit(tokens: Tensor, what: str = "the set of tokens") -> Tensor:
     norms = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True)
     if not bool(norms.all()):
         raise IMAError(
-            f"{what[0].upper()}{what[1:]} has a zero vector, which has no direction to compare; leave the block out."
+            f"A vector of {what} is zero and has no direction to compare; leave the block out."
         )
     directions: Tensor = tokens / norms
     return directions
