@@ -19,6 +19,9 @@ VISION_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32"
 #: Share of sampled records from which nothing would be learned that still lets a run start.
 MAX_MISMATCH = 0.05
 
+#: Flags that are no settings of a generator.
+_ANY_PROJECTOR = ("mm_vision_dtype", "vlora_features", "vlora_ima_steps", "vlora_ima_examples")
+
 
 @dataclass
 class VLoRAArguments:
@@ -79,11 +82,19 @@ class VLoRAArguments:
         default=None,
         metadata={"help": "Folder of `llava-vlora features`, used instead of images."},
     )
+    vlora_ima_steps: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "Log the IMA score each so many steps, of LLaVA's projectors too; not with ZeRO-3."
+        },
+    )
+    vlora_ima_examples: Optional[int] = field(
+        default=None, metadata={"help": "Training examples that --vlora_ima_steps reads (16)."}
+    )
 
     def given(self) -> dict[str, Any]:
         """The VLoRA flags that were given, by name."""
-        others = ("mm_vision_dtype", "vlora_features")
-        names = [f.name for f in fields(VLoRAArguments) if f.name not in others]
+        names = [f.name for f in fields(VLoRAArguments) if f.name not in _ANY_PROJECTOR]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
@@ -126,6 +137,12 @@ def check_model_arguments(arguments: Any) -> None:
         raise ConfigError(
             f"--mm_vision_dtype {arguments.mm_vision_dtype!r} is unknown; valid: {listing(VISION_DTYPES)}."
         )
+    for name in ("vlora_ima_steps", "vlora_ima_examples"):
+        count = getattr(arguments, name)
+        if count is not None and count < 1:
+            raise ConfigError(
+                f"--{name} {count} is no number of {name.rpartition('_')[2]}; give 1 or more."
+            )
     if arguments.mm_projector_type == "vlora":
         VLoRAConfig.from_keys(given, where="The command line")
         if arguments.vision_tower is None:
@@ -176,6 +193,11 @@ def check_together(model: Any, training: Any) -> None:
             quantised and _zero_stage(training.deepspeed) == 3,
             f"--bits {training.bits} contradicts ZeRO-3 in {training.deepspeed}, which cannot partition quantised "
             "weights: use a ZeRO-2 configuration",
+        ),
+        (
+            model.vlora_ima_steps and (_zero_stage(training.deepspeed) == 3 or training.fsdp),
+            "--vlora_ima_steps reads the model on one process, but ZeRO-3 and FSDP leave no process with all of it: "
+            "use a ZeRO-2 configuration",
         ),
     )
     for found, what in contradictions:

@@ -23,7 +23,9 @@ from llava.train.llava_trainer import LLaVATrainer
 from ..errors import CheckpointError
 from ..training import saving
 from ..training.sampling import Order, remember
+from .alignment import EXAMPLES, AlignmentRecorder
 from .checkpoint import NON_LORA_FILE, PROJECTOR_FILE, load_projector, read_tensors
+from .flags import Request
 from .quantised_training import BITS_KEY, projector_for_adapter
 from .reporting import RunReport
 from .zero import keep_small_parameters_whole
@@ -43,6 +45,9 @@ class ResumableTrainer(LLaVATrainer):
         with projector_for_adapter(kwargs["model"]):
             super().__init__(*args, **kwargs)
         self._report = RunReport(self)
+        if Request.model is not None and Request.model.vlora_ima_steps:
+            count = Request.model.vlora_ima_examples or EXAMPLES
+            self.add_callback(AlignmentRecorder(self, Request.model.vlora_ima_steps, count))
 
     def create_optimizer(self) -> Any:
         """LLaVA's groups of parameters without the empty ones.
