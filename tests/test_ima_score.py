@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +94,27 @@ def test_streams_and_stores(tmp_path: Path) -> None:
         ima_score({"s": iter(some)})
 
 
+@pytest.mark.parametrize("options", [{}, {"pairs": "matched"}, {"sim": "avg"}])
+def test_whole_images_are_resampled(options: dict[str, str]) -> None:
+    """Asked about four times, an image's examples tell no more about other images than one of them."""
+    images = examples(8)
+    four = [replace(e, name=f"{e.name} {i}") for e in images for i in range(4)]
+    clusters = {e.name: e.name.split()[0] for e in four}
+    once = ima_score({"s": images}, **options).whole  # type: ignore[arg-type]
+    asked = ima_score({"s": four}, clusters=clusters, **options).whole  # type: ignore[arg-type]
+    alone = ima_score({"s": four}, **options).whole  # type: ignore[arg-type]
+    assert once.score == pytest.approx(asked.score) == pytest.approx(alone.score)
+    assert once.interval is not None
+    assert asked.interval is not None
+    assert alone.interval is not None
+    assert asked.interval.low == pytest.approx(once.interval.low)
+    assert asked.interval.high == pytest.approx(once.interval.high)
+    width = alone.interval.high - alone.interval.low
+    assert width < 0.7 * (once.interval.high - once.interval.low)
+    with pytest.raises(IMAError, match="clusters lack example e0 0"):
+        ima_score({"s": four}, clusters={}, **options)  # type: ignore[arg-type]
+
+
 def test_mistakes_are_named() -> None:
     some = {"s": examples(2)}
     with pytest.raises(ConfigError, match=r"no perceptual layer 'first'; choose from 'same'"):
@@ -109,6 +130,12 @@ def test_mistakes_are_named() -> None:
     blind = {"s": [Example(e.name, e.roles.clamp(min=3), e.states) for e in examples(2)]}
     with pytest.raises(IMAError, match=r"e0 has no tokens of the kind 'P'; a model without"):
         ima_score(blind)
+    mixed = [*examples(2), replace(examples(1)[0], view="counterfactual")]
+    for options in ({}, {"pairs": "matched"}, {"sim": "avg"}):
+        with pytest.raises(IMAError, match=r"view 'counterfactual', others are of 'tokens'"):
+            ima_score({"s": mixed}, **options)  # type: ignore[arg-type]
+    with pytest.raises(IMAError, match="of the same blocks and of one view"):
+        ima_score({"s": mixed[:2], "t": mixed[2:]})
     assert ima_score({"s": examples(1)}).whole.interval is None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -317,6 +317,13 @@ def test_a_store_gives_back_what_was_collected(dtype: str, tmp_path: Path) -> No
         for key, state in own.states.items():
             assert kept.states[key].equal(state.to(getattr(torch, dtype)))
         assert kept.tokens("x", 1, "P").equal(own.tokens("x", 1, "P").to(getattr(torch, dtype)))
+    views = [replace(e, view="basis") for e in some]
+    kept = write_store(tmp_path / "v", views, fingerprint="f")
+    assert {e.view for e in kept} == {"basis"}
+    with pytest.raises(
+        IMAError, match=r"Example e0 is of the view 'basis', others are of 'tokens'"
+    ):
+        cross_similarity(kept, "P", store, "T")
     assert [e.name for e in store[1:3]] == ["e1", "e2"]
     assert store[-1].name == "e6"
     assert store[-1].states["x", 2].equal(store[6].states["x", 2])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, IMAError
+from .layout import View
 from .states import Example
 
 
@@ -91,24 +92,44 @@ def feed(examples: Iterable[Example], *statistics: Statistic) -> None:
 
 
 class Layers:
-    """The blocks that a statistic reads: those it is given, or all that the first example has."""
+    """The blocks that a statistic reads, those it is given or all that the first example has, in one view."""
 
     def __init__(self, point: str, layers: Sequence[int] | None = None) -> None:
         """For one point of the blocks."""
         self.point = point
         self._layers = None if layers is None else tuple(layers)
+        self._view: View | None = None
 
     def of(self, example: Example) -> tuple[int, ...]:
         """Numbers of the blocks, ascending unless given.
 
         Raises:
-            IMAError: The example has no state of the point.
+            IMAError: The example has no state of the point, or is of another view than those before.
         """
+        self.check_view(example)
         if self._layers is None:
             self._layers = tuple(sorted(n for point, n in example.states if point == self.point))
         if not self._layers:
             raise IMAError(f"No state {self.point!r} was collected for example {example.name}.")
         return self._layers
+
+    def check_view(self, example: Example) -> None:
+        """Check that an example is of the view of those before.
+
+        Raises:
+            IMAError: It is not.
+        """
+        self._view = self._view or example.view
+        if example.view != self._view:
+            raise IMAError(
+                f"Example {example.name} is of the view {example.view!r}, others are of {self._view!r}; what two views "
+                "give cannot be compared."
+            )
+
+    @property
+    def view(self) -> str:
+        """The view of the examples; that of perceptual tokens where there was none."""
+        return self._view or "tokens"
 
     @property
     def known(self) -> tuple[int, ...]:
@@ -140,10 +161,10 @@ def pool(curves: Sequence[Curve], **of: str | int | bool) -> Curve:
     """One curve of what several, such as those of data sets, are taken of, each observation counted once.
 
     Raises:
-        IMAError: The curves are of different blocks, or there is none.
+        IMAError: The curves are of different blocks or views, or there is none.
     """
-    if len({c.layers for c in curves}) != 1:
-        raise IMAError("Curves can be pooled if they are of the same blocks.")
+    if len({(c.layers, c.of.get("view")) for c in curves}) != 1:
+        raise IMAError("Curves can be pooled if they are of the same blocks and of one view.")
     counts = torch.tensor([c.count for c in curves], dtype=torch.float64)
     shares = counts / counts.sum()
     means = torch.tensor([c.mean for c in curves], dtype=torch.float64)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, IMAError, listing
+from .curves import Layers
 from .states import Example
 
 Method = Literal["tsne", "pca"]
@@ -21,6 +22,7 @@ class Embedding:
     """Points of the plane, one for each example and kind of tokens, or one for each token."""
 
     method: str
+    view: str
     layer: int
     x: list[float]
     y: list[float]
@@ -59,16 +61,17 @@ def embed_2d(
 
     Raises:
         ConfigError: An argument is unknown, scikit-learn is missing, or there are too few points for the perplexity.
-        IMAError: States or tokens are missing, or there are fewer than 3 points.
+        IMAError: States or tokens are missing, examples are of two views, or there are fewer than 3 points.
     """
     if method not in ("tsne", "pca") or tokens not in ("mean", "all"):
         raise ConfigError(
             f"method={method!r}, tokens={tokens!r}: choose method from {listing(['tsne', 'pca'])} and tokens from "
             f"{listing(['mean', 'all'])}."
         )
-    rows, of = list[Tensor](), list[tuple[str, str, str]]()
+    views, rows, of = Layers(point), list[Tensor](), list[tuple[str, str, str]]()
     for label, examples in data_sets.items():
         for example in examples:
+            views.check_view(example)
             for kind in kinds:
                 found = example.tokens(point, layer, kind).detach().float().cpu()
                 found = found.mean(0, keepdim=True) if tokens == "mean" else found
@@ -84,7 +87,7 @@ def embed_2d(
         plane = _tsne(points, perplexity, seed)
     labels, sides, names = (list(part) for part in zip(*of, strict=True))
     x, y = (column.tolist() for column in plane.T)
-    return Embedding(method, layer, x, y, labels, sides, names, explained)
+    return Embedding(method, views.view, layer, x, y, labels, sides, names, explained)
 
 
 def _pca(points: Tensor) -> tuple[Tensor, tuple[float, float]]:

@@ -80,6 +80,7 @@ class TokenNorms:
                 here = slice(i * len(layers), (i + 1) * len(layers))
                 of: dict[str, str | int | bool] = {
                     "statistic": "norm",
+                    "view": self._layers.view,
                     "point": self._layers.point,
                     "kinds": kind,
                     "stat": stat,

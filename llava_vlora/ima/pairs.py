@@ -73,12 +73,15 @@ def cross_similarity(
         for a, b in _matching(first, second):
             matched.compare(a, b)
         return matched.result()
-    chosen = Layers(point, layers).of(second[0])
+    read = Layers(point, layers)
+    chosen = read.of(second[0])
+    for example in (*first, *second):
+        read.check_view(example)
     found = grids(first, first_kind, second, second_kind, sim, point=point, layers=chosen,
                   first_layer=first_layer, device=device)  # fmt: skip
     spread = [(float(grid.mean()), float(grid.std(correction=0))) for grid in found]
     mean, std = zip(*spread, strict=True)
-    of = labels(point, kinds, sim, pairs, first_layer)
+    of = labels(read, kinds, sim, pairs, first_layer)
     return Curve(of, chosen, mean, std, len(first) * len(second))
 
 

@@ -6,7 +6,7 @@ The paper's blocks are l = 0 to L - 1. Values are small and near 0: they compare
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,11 +20,13 @@ from .curves import Curve, Layers, feed, pool
 from .pairs import grids
 from .similarity import (
     VECTOR_SIMS,
+    Clusters,
     MatchedSimilarity,
     Pairs,
     Sim,
     VectorPairs,
     check_sim,
+    cluster,
     labels,
 )
 from .states import Example
@@ -38,7 +40,7 @@ class Value:
 
     score: float
     interval: Interval | None
-    """Percentile bootstrap over examples; None for a single example."""
+    """Percentile bootstrap over examples or their clusters; None for a single one."""
     curve: Curve
     """The similarity at each block; spread over pairs."""
     examples: int
@@ -48,6 +50,8 @@ class Value:
 class Score:
     """The score of a model."""
 
+    view: str
+    """What the perceptual tokens are; scores of two views cannot be compared."""
     sim: str
     perceptual_layer: str
     pairs: str
@@ -67,6 +71,7 @@ def ima_score(
     pairs: Pairs = "all",
     point: str = "x",
     kinds: tuple[str, str] = ("P", "T"),
+    clusters: Clusters | None = None,
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
@@ -85,8 +90,10 @@ def ima_score(
         pairs: Each example with all of its data set (the paper's), or with itself alone.
         point: State inside the blocks.
         kinds: Kinds of tokens that take the places of P and T.
+        clusters: Name of an example -> what it shares with others, such as its image, whose tokens are the same
+            whatever is asked about it; whole clusters are resampled then.
         confidence: Of the interval.
-        resamples: Bootstrap samples of the examples, drawn in each data set for itself.
+        resamples: Bootstrap samples, drawn in each data set for itself.
         seed: Of the samples.
         device: Where all pairs are computed; where the states are by default.
 
@@ -106,7 +113,8 @@ def ima_score(
         )
     if not data_sets:
         raise IMAError("There is no data set to score.")
-    asked = _Asked(kinds, sim, pairs, point, layers, 0 if perceptual_layer == "input" else None)
+    first = 0 if perceptual_layer == "input" else None
+    asked = _Asked(kinds, sim, pairs, point, layers, first, clusters)
     draw = np.random.default_rng(seed)
     found = {name: asked.pairs_of(examples, device) for name, examples in data_sets.items()}
     drawn = {name: one.resampled(draw, resamples) for name, one in found.items()}
@@ -114,15 +122,9 @@ def ima_score(
         name: Value(one.curve.average, _interval(drawn[name], confidence), one.curve, one.examples)
         for name, one in found.items()
     }
-    return Score(
-        sim,
-        perceptual_layer,
-        pairs,
-        point,
-        confidence,
-        _together(values, drawn, confidence),
-        values,
-    )
+    whole = _together(values, drawn, confidence)
+    view = str(whole.curve.of["view"])
+    return Score(view, sim, perceptual_layer, pairs, point, confidence, whole, values)
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,7 @@ class _Asked:
     point: str
     layers: Sequence[int] | None
     first_layer: int | None
+    clusters: Clusters | None
 
     def pairs_of(self, examples: Iterable[Example], device: torch.device | str | None) -> _Paired:
         options: dict[str, Any] = {
@@ -168,10 +171,11 @@ class _Asked:
         if self.pairs == "matched":
             matched = MatchedSimilarity(self.kinds, self.sim, **options)
             feed(examples, matched)
-            values = torch.tensor(matched.averages, dtype=torch.float64)
-            return _Paired(matched.result(), len(values), values, torch.ones_like(values))
+            names, averages = zip(*matched.averages, strict=True)
+            values = torch.tensor(averages, dtype=torch.float64)
+            return self._grouped(matched.result(), names, values)
         if self.sim in VECTOR_SIMS:
-            vectors = VectorPairs(self.kinds, self.sim, **options)
+            vectors = VectorPairs(self.kinds, self.sim, clusters=self.clusters, **options)
             feed(examples, vectors)
             sums = torch.stack(list(vectors.sums())).mean(0)
             sizes = vectors.sizes()
@@ -188,7 +192,10 @@ class _Asked:
             )
         if not examples:
             raise IMAError("There is no example to analyse.")
-        chosen = Layers(self.point, self.layers).of(examples[0])
+        read = Layers(self.point, self.layers)
+        chosen = read.of(examples[0])
+        for example in examples:
+            read.check_view(example)
         whole = torch.zeros(len(examples), len(examples), dtype=torch.float64)
         spread = []
         for grid in grids(examples, self.kinds[0], examples, self.kinds[1], self.sim, point=self.point,
@@ -196,9 +203,20 @@ class _Asked:
             whole += grid / len(chosen)
             spread.append((float(grid.mean()), float(grid.std(correction=0))))
         mean, std = zip(*spread, strict=True)
-        of = labels(self.point, self.kinds, self.sim, self.pairs, self.first_layer)
+        of = labels(read, self.kinds, self.sim, self.pairs, self.first_layer)
         curve = Curve(of, chosen, mean, std, len(examples) ** 2)
-        return _Paired(curve, len(examples), whole, torch.ones(len(examples), dtype=torch.float64))
+        return self._grouped(curve, [e.name for e in examples], whole)
+
+    def _grouped(self, curve: Curve, names: Sequence[str], sums: Tensor) -> _Paired:
+        """Sums over the examples of each cluster."""
+        keys: list[Hashable] = list(range(len(names)))
+        if self.clusters is not None:
+            keys = [cluster(self.clusters, name) for name in names]
+        places = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+        member = torch.zeros(len(places), len(names), dtype=torch.float64)
+        member[[places[key] for key in keys], range(len(names))] = 1
+        grouped = member @ sums if sums.ndim == 1 else member @ sums @ member.T
+        return _Paired(curve, len(names), grouped, member.sum(1))
 
 
 def _interval(drawn: np.ndarray, confidence: float) -> Interval | None:

@@ -7,7 +7,7 @@ float32 or wider, whatever the states are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -23,6 +23,8 @@ Sim = Literal[
     "avg", "mean", "median", "max", "min", "max_mean", "diag_mean", "diag_median", "diag_max"
 ]
 Pairs = Literal["all", "matched"]
+#: Name of an example -> what it shares with others, such as its image.
+Clusters = Mapping[str, Hashable]
 #: Measures that are a dot product of one vector for each set.
 VECTOR_SIMS = ("avg", "mean")
 
@@ -146,8 +148,8 @@ class MatchedSimilarity:
         check_sim(sim)
         self.kinds, self.sim, self.first_layer = kinds, sim, first_layer
         self._layers, self._moments = Layers(point, layers), Moments()
-        self.averages: list[float] = []
-        """For each example, the mean over the blocks."""
+        self.averages: list[tuple[str, float]] = []
+        """For each example its name and the mean over the blocks."""
 
     def update(self, example: Example) -> None:
         """Take in one example."""
@@ -156,17 +158,18 @@ class MatchedSimilarity:
     def compare(self, first: Example, second: Example) -> None:
         """Take in a pair: the first kind of ``first`` with the second kind of ``second``."""
         point, (one, other), found = self._layers.point, self.kinds, []
+        self._layers.check_view(first)
         for layer in self._layers.of(second):
             at = layer if self.first_layer is None else self.first_layer
             tokens = first.tokens(point, at, one), second.tokens(point, layer, other)
             names = title(first, one, at), title(second, other, layer)
             found.append(similarity(*tokens, self.sim, names))
         self._moments.add(torch.tensor([found], dtype=torch.float64))
-        self.averages.append(sum(found) / len(found))
+        self.averages.append((second.name, sum(found) / len(found)))
 
     def result(self) -> Curve:
         """Mean and spread over examples."""
-        of = labels(self._layers.point, self.kinds, self.sim, "matched", self.first_layer)
+        of = labels(self._layers, self.kinds, self.sim, "matched", self.first_layer)
         return self._moments.curve(self._layers.known, **of)
 
 
@@ -184,6 +187,7 @@ class VectorPairs:
         layers: Blocks; all that were collected by default.
         first_layer: Take the first kind at this block, whatever the block of the second one is.
         groups: Vectors kept for each block and kind.
+        clusters: Example -> what it shares with others, such as its image, which are then kept in one group.
     """
 
     def __init__(
@@ -195,6 +199,7 @@ class VectorPairs:
         layers: Sequence[int] | None = None,
         first_layer: int | None = None,
         groups: int = 256,
+        clusters: Clusters | None = None,
     ) -> None:
         """Nothing seen."""
         if sim not in VECTOR_SIMS:
@@ -206,12 +211,16 @@ class VectorPairs:
         self._layers, self._groups = Layers(point, layers), groups
         self._sums: dict[tuple[int, int], list[Tensor]] = {}
         self._sizes: list[int] = []
-        self._count = 0
+        self._clusters = clusters
+        self._places: dict[Hashable, int] = {}
 
     def update(self, example: Example) -> None:
         """Take in one example."""
-        place = self._count % self._groups
-        self._count += 1
+        place = sum(self._sizes)
+        if self._clusters is not None:
+            key = cluster(self._clusters, example.name)
+            place = self._places.setdefault(key, len(self._places))
+        place %= self._groups
         if place == len(self._sizes):
             self._sizes.append(0)
         self._sizes[place] += 1
@@ -239,13 +248,13 @@ class VectorPairs:
 
     def result(self) -> Curve:
         """Mean over all pairs."""
-        layers, count = self._layers.known, self._count
+        layers, count = self._layers.known, sum(self._sizes)
         sums = list(self.sums())
         std = None
-        if count <= self._groups:
+        if max(self._sizes) == 1:
             std = tuple(float(s.std(correction=0)) for s in sums)
         mean = tuple(float(s.sum()) / count**2 for s in sums)
-        of = labels(self._layers.point, self.kinds, self.sim, "all", self.first_layer)
+        of = labels(self._layers, self.kinds, self.sim, "all", self.first_layer)
         return Curve(of, layers, mean, std, count**2)
 
 
@@ -299,6 +308,7 @@ class SelfSimilarity:
             moments.curve(
                 self._layers.apart(n),
                 statistic="self-similarity",
+                view=self._layers.view,
                 point=self._layers.point,
                 kinds=kind,
                 sim=self.stat,
@@ -308,13 +318,27 @@ class SelfSimilarity:
         ]
 
 
+def cluster(clusters: Clusters, name: str) -> Hashable:
+    """What an example shares with others.
+
+    Raises:
+        IMAError: That is not known.
+    """
+    if name not in clusters:
+        raise IMAError(
+            f"The clusters lack example {name}; name what each example shares with others."
+        )
+    return clusters[name]
+
+
 def labels(
-    point: str, kinds: Sequence[str], sim: str, pairs: str, first_layer: int | None
+    layers: Layers, kinds: Sequence[str], sim: str, pairs: str, first_layer: int | None
 ) -> dict[str, str | int | bool]:
     """What a curve of similarities says that it is."""
     found: dict[str, str | int | bool] = {
         "statistic": "similarity",
-        "point": point,
+        "view": layers.view,
+        "point": layers.point,
         "kinds": " vs ".join(kinds),
         "sim": sim,
         "pairs": pairs,

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..errors import ConfigError, IMAError, listing
 from ..evaluation.files import read_json, write_json
-from .layout import Role
+from .curves import Layers
+from .layout import Role, View
 from .states import Example, Key
 
 _FORMAT, _VERSION = "llava-vlora states", 1
@@ -46,6 +47,7 @@ class StateStore(Sequence[Example]):
             )
         self.about: Mapping[str, Any] = index["about"]
         """What was collected: fingerprint of the model, dtype, tokens kept and so on."""
+        self._view: View = index["view"]
         self._rows: list[dict[str, Any]] = index["examples"]
         names = (name.rpartition("/") for name in index["widths"])
         self._keys = {(point, int(layer)): f"{point}/{layer}" for point, _, layer in names}
@@ -71,7 +73,9 @@ class StateStore(Sequence[Example]):
             return [self[i] for i in range(*place.indices(len(self)))]
         row, number = self._rows[place], range(len(self))[place]
         states = _Stored(self._keys, lambda name: self._read(row["file"], f"{number}/{name}"))
-        return Example(row["name"], torch.tensor(row["roles"], dtype=torch.int8), states)
+        return Example(
+            row["name"], torch.tensor(row["roles"], dtype=torch.int8), states, self._view
+        )
 
     def _read(self, file: str, name: str) -> Tensor:
         if self._files[file] is None:
@@ -125,7 +129,8 @@ def write_store(
 
     Raises:
         ConfigError: The folder exists, or there is no such dtype or number of tokens.
-        IMAError: There is no example, one has other states than the first, or a state does not fit the dtype.
+        IMAError: There is no example, one has other states or another view than the first, or a state does not fit
+            the dtype.
     """
     folder = Path(folder)
     if folder.exists():
@@ -161,7 +166,7 @@ def _kept(example: Example, count: int | None, seed: int) -> Example:
             rows += [first, *draw.sample(others, min(count - 1, len(others)))]
     chosen = torch.tensor(sorted(rows))
     states = {key: state[chosen.to(state.device)] for key, state in example.states.items()}
-    return Example(example.name, example.roles[chosen], states)
+    return Example(example.name, example.roles[chosen], states, example.view)
 
 
 class _Shards:
@@ -173,8 +178,10 @@ class _Shards:
         self._rows: list[dict[str, Any]] = []
         self._widths: dict[str, int] = {}
         self._pending: dict[str, Tensor] = {}
+        self._views = Layers("x")
 
     def add(self, example: Example, dtype: torch.dtype) -> None:
+        self._views.check_view(example)
         number = len(self._rows)
         states = {f"{point}/{n}": state.to("cpu", dtype) for (point, n), state in example.states.items()}  # fmt: skip
         widths = {name: state.shape[1] for name, state in states.items()}
@@ -209,6 +216,7 @@ class _Shards:
             "format": _FORMAT,
             "version": _VERSION,
             "about": about,
+            "view": self._views.view,
             "roles": {role.name.lower(): int(role) for role in Role},
             "widths": self._widths,
             "files": self._files,

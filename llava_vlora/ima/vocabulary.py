@@ -193,11 +193,12 @@ class Vocabulary:
     def result(self) -> VocabularyResult:
         """All figures of the examples so far."""
         layers = self._layers.known
-        of: dict[str, str | int | bool] = {"statistic": "KL of tokens", "sample": self._sample}
-        pairwise = self._pairwise.curve(layers, **of, kinds=" vs ".join(self.kinds))
+        of: dict[str, str | int | bool] = {"view": self._layers.view, "sample": self._sample}
+        pair = " vs ".join(self.kinds)
+        pairwise = self._pairwise.curve(layers, statistic="KL of tokens", kinds=pair, **of)
         own = [
             moments.curve(
-                self._layers.apart(n), statistic="self-KL", kinds=self.kinds[side], step=n
+                self._layers.apart(n), statistic="self-KL", kinds=self.kinds[side], step=n, **of
             )
             for (side, n), moments in self._self.items()
         ]

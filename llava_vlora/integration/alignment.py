@@ -123,7 +123,7 @@ def _changes(model: nn.Module, batches: Iterable[Batch], blocks: int) -> Iterato
             key: torch.cat([seeing.states[key][text] - state[text], state])
             for key, state in blind.states.items()
         }
-        yield Example(batch.names[0], torch.cat([changes, blind.roles]), states)
+        yield Example(batch.names[0], torch.cat([changes, blind.roles]), states, "counterfactual")
 
 
 def training_batch(model: Any, name: str, inputs: Mapping[str, Any]) -> Batch:
