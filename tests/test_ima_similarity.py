@@ -21,12 +21,8 @@ from llava_vlora.ima.layout import Batch, Role
 from llava_vlora.ima.norms import TokenNorms
 from llava_vlora.ima.pairs import cross_similarity, intra_similarity
 from llava_vlora.ima.plots import curve_plot, embedding_plot
-from llava_vlora.ima.similarity import (
-    MatchedSimilarity,
-    SelfSimilarity,
-    VectorPairs,
-    similarity,
-)
+from llava_vlora.ima.self_similarity import SelfSimilarity
+from llava_vlora.ima.similarity import MatchedSimilarity, VectorPairs, similarity
 from llava_vlora.ima.states import Example, collect
 from llava_vlora.ima.store import StateStore, write_store
 from llava_vlora.ima.vocabulary import (

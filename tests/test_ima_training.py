@@ -157,11 +157,14 @@ def test_flags_that_cannot_work_are_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 # --- runs ------------------------------------------------------------------------------------------
 
-KINDS: Mapping[str, dict[str, object]] = {
-    "pretrain": {},
-    "full": {"gradient_checkpointing": True},
-    "lora": {"lora_enable": True, "lora_r": 4, "lora_dropout": 0.2, "mm_projector_lr": 1e-3},
-    "stock": {"mm_projector_type": "mlp2x_gelu"},
+#: Name -> kind of run and further flags.
+KINDS: Mapping[str, tuple[str, dict[str, object]]] = {
+    "pretrain": ("pretrain", {}),
+    "full": ("full", {"gradient_checkpointing": True}),
+    "lora": ("lora", {}),
+    "stock": ("stock", {}),
+    # The first reading in mixed precision finds nothing to score, and must leave mixed precision all the same.
+    "bf16": ("pretrain", {"bf16": True, "mm_vision_dtype": "bfloat16"}),
 }
 
 
@@ -171,11 +174,15 @@ def runs(
 ) -> tuple[Path, Mapping[str, Finished]]:
     """Each kind of run with the score and without."""
     folder, commands = tmp_path_factory.mktemp("ima"), {}
-    for kind, more in KINDS.items():
-        for name, steps in ((kind, None), (f"{kind}-read", 2)):
+    for name, (kind, more) in KINDS.items():
+        for run, steps in ((name, None), (f"{name}-read", 2)):
             flags = {**more, "vlora_ima_steps": steps, "vlora_ima_examples": steps and 3}
-            run = command(kind, llm_dir, tower_dir, data_dir, folder / name, **flags)
-            commands[name] = ["--seed", 3, *run]
+            out = folder / run
+            commands[run] = [
+                "--seed",
+                3,
+                *command(kind, llm_dir, tower_dir, data_dir, out, **flags),
+            ]
     return folder, run_modules(commands, folder)
 
 

@@ -101,16 +101,7 @@ def ima_score(
         ConfigError: An argument is unknown, or two contradict each other.
         IMAError: There is no example, or states or tokens are missing.
     """
-    check_sim(sim, pairs)
-    if perceptual_layer not in ("same", "input"):
-        raise ConfigError(
-            f"There is no perceptual layer {perceptual_layer!r}; choose from {listing(['same', 'input'])}."
-        )
-    if perceptual_layer == "input" and point != "x":
-        raise ConfigError(
-            f"perceptual_layer='input' is the residual stream before the first block, and {point!r} is another state; "
-            "use point='x' or perceptual_layer='same'."
-        )
+    _check(perceptual_layer, sim, pairs, point)
     if not data_sets:
         raise IMAError("There is no data set to score.")
     first = 0 if perceptual_layer == "input" else None
@@ -125,6 +116,19 @@ def ima_score(
     whole = _together(values, drawn, confidence)
     view = str(whole.curve.of["view"])
     return Score(view, sim, perceptual_layer, pairs, point, confidence, whole, values)
+
+
+def _check(perceptual_layer: str, sim: str, pairs: str, point: str) -> None:
+    check_sim(sim, pairs)
+    if perceptual_layer not in ("same", "input"):
+        raise ConfigError(
+            f"There is no perceptual layer {perceptual_layer!r}; choose from {listing(['same', 'input'])}."
+        )
+    if perceptual_layer == "input" and point != "x":
+        raise ConfigError(
+            f"perceptual_layer='input' is the residual stream before the first block, and {point!r} is another state; "
+            "use point='x' or perceptual_layer='same'."
+        )
 
 
 @dataclass(frozen=True)

@@ -81,12 +81,19 @@ class AlignmentRecorder(TrainerCallback):
             training_batch(trainer.model, name, trainer._prepare_inputs(dict(inputs)))
             for name, inputs in self._examples
         )
-        try:
-            with unchanged(trainer.model), trainer.accelerator.autocast(), torch.no_grad():
+        found, problem = dict[str, float](), ""
+        with unchanged(trainer.model), trainer.accelerator.autocast(), torch.no_grad():
+            try:
                 found = alignment(trainer.model, batches)
-        except IMAError as error:
+            except (
+                IMAError
+            ) as error:  # must not pass through autocast(), which then stays switched on
+                problem = str(error)
+        if problem:
             # A new generator's images change nothing yet, and a run that diverges has no finite states.
-            print(f"llava_vlora: step {state.global_step}: no IMA score. {error}", file=sys.stderr)
+            print(
+                f"llava_vlora: step {state.global_step}: no IMA score. {problem}", file=sys.stderr
+            )
             return
         # Logging tells transformers that the loss of this step has been logged, too.
         due = control.should_log
