@@ -22,7 +22,7 @@ from llava_vlora.ima.norms import TokenNorms
 from llava_vlora.ima.pairs import cross_similarity, intra_similarity
 from llava_vlora.ima.plots import curve_plot, embedding_plot
 from llava_vlora.ima.self_similarity import SelfSimilarity
-from llava_vlora.ima.similarity import MatchedSimilarity, VectorPairs, similarity
+from llava_vlora.ima.similarity import MatchedSimilarity, VectorPairs, median, similarity
 from llava_vlora.ima.states import Example, collect
 from llava_vlora.ima.store import StateStore, write_store
 from llava_vlora.ima.vocabulary import (
@@ -83,6 +83,13 @@ def test_measures_by_hand() -> None:
     assert similarity(a, b, "diag_max") == pytest.approx(1.0)
     # Mean tokens are (2.5, 2) and (2.5, 0.5): not the mean of S.
     assert similarity(a, b, "avg") == pytest.approx(7.25 / math.sqrt(10.25 * 6.5))
+
+
+@pytest.mark.parametrize(
+    "values", [[3], [1, 2], [2, 2, 2, 2], [1, 2, 2, 9], [1, 1, 5, 7], [4, 4, 1]]
+)
+def test_medians(values: list[float]) -> None:
+    assert float(median(torch.tensor(values, dtype=torch.float32))) == np.median(values)
 
 
 def test_low_precision_states_are_summed_in_float32() -> None:

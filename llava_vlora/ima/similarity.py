@@ -117,8 +117,9 @@ def reduce_cosines(cosines: Tensor, sim: str) -> Tensor:
 def median(values: Tensor) -> Tensor:
     """The median of all values; the mean of the two in the middle of an even number."""
     flat = values.flatten()
-    # torch gives the lower of the two.
-    return (flat.median() - (-flat).median()) / 2
+    lower = flat.median()  # torch gives the lower of the two
+    higher = flat.masked_fill(flat <= lower, torch.inf).amin()
+    return torch.where((flat <= lower).sum() > len(flat) // 2, lower, (lower + higher) / 2)
 
 
 # --- one pass --------------------------------------------------------------------------------------
