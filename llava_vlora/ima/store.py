@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ConfigError, IMAError, listing
-from ..evaluation.files import read_json, write_json
+from ..evaluation.files import read_json, require_writable, write_json
 from .curves import Layers
 from .layout import Role, View
 from .states import Example, Key
@@ -128,7 +128,7 @@ def write_store(
         shard_bytes: Size of one file.
 
     Raises:
-        ConfigError: The folder exists, or there is no such dtype or number of tokens.
+        ConfigError: The folder exists or cannot be written, or there is no such dtype or number of tokens.
         IMAError: There is no example, one has other states or another view than the first, or a state does not fit
             the dtype.
     """
@@ -139,6 +139,7 @@ def write_store(
         raise ConfigError(f"States cannot be stored as {dtype!r}; choose from {listing(_DTYPES)}.")
     if max_tokens is not None and max_tokens < 1:
         raise ConfigError(f"max_tokens is {max_tokens}; keep at least 1 token.")
+    require_writable(folder.parent)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
