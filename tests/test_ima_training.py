@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from llava_vlora.errors import ConfigError, IMAError
+from llava_vlora.ima.counterfactual import differences
 from llava_vlora.ima.layout import Batch
 from llava_vlora.ima.preparing import Question, prepare
 from llava_vlora.ima.score import ima_score
@@ -112,6 +113,11 @@ def test_the_score_of_perceptual_weights_is_of_what_they_change(
             cosines = torch.nn.functional.cosine_similarity(change[:, None], text[None], dim=-1)
             sims.append(float(np.median(cosines.numpy())))
     assert found["ima/counterfactual"] == pytest.approx(np.mean(sims), abs=1e-5)
+    examples = {"s": list(differences(model, [batch]))}
+    score = ima_score(examples, pairs="matched")
+    assert (score.view, score.whole.score) == ("counterfactual", found["ima/counterfactual"])
+    with pytest.raises(IMAError, match=r"the counterfactual view is defined from block 2"):
+        ima_score(examples, perceptual_layer="input")
 
 
 def test_images_that_change_nothing_have_no_score(

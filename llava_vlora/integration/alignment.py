@@ -10,7 +10,6 @@ import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -21,10 +20,11 @@ from transformers import TrainerCallback
 
 from ..decoder import decoder_layers
 from ..errors import ConfigError, IMAError
+from ..ima.counterfactual import differences
 from ..ima.curves import feed
-from ..ima.layout import Batch, Role, where
+from ..ima.layout import Batch, Role
 from ..ima.similarity import MatchedSimilarity
-from ..ima.states import Example, collect
+from ..ima.states import collect
 from ..placeholder import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 
 #: Examples read where the user says nothing; each costs one forward pass, two of a VLoRA model.
@@ -107,30 +107,13 @@ def alignment(model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
     Raises:
         IMAError: A state is not finite, or the image changes none.
     """
-    blocks = len(decoder_layers(model))
     if hasattr(model, "vlora_config"):
         changed = MatchedSimilarity()
-        feed(_changes(model, batches, blocks), changed)
+        feed(differences(model, batches), changed)
         return {"ima/counterfactual": changed.result().average}
     same, entering = MatchedSimilarity(), MatchedSimilarity(first_layer=0)
-    feed(collect(model, batches, layers=range(blocks)), same, entering)
+    feed(collect(model, batches, layers=range(len(decoder_layers(model)))), same, entering)
     return {"ima/same": same.result().average, "ima/input": entering.result().average}
-
-
-def _changes(model: nn.Module, batches: Iterable[Batch], blocks: int) -> Iterator[Example]:
-    """Examples whose perceptual tokens are the changes of the textual ones, which are read without the image."""
-    for batch in batches:
-        assert batch.weights is not None
-        layers = range(batch.weights.layers[0] + 1, blocks + 1)
-        (seeing,) = collect(model, [batch], layers=layers)
-        (blind,) = collect(model, [replace(batch, weights=None)], layers=layers)
-        text = where(blind.roles, "T")
-        changes = blind.roles[text].fill_(int(Role.PERCEPTUAL))
-        states = {
-            key: torch.cat([seeing.states[key][text] - state[text], state])
-            for key, state in blind.states.items()
-        }
-        yield Example(batch.names[0], torch.cat([changes, blind.roles]), states, "counterfactual")
 
 
 def training_batch(model: Any, name: str, inputs: Mapping[str, Any]) -> Batch:
