@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
@@ -31,6 +31,18 @@ from .statistics import clustered_figure
 
 
 @dataclass(frozen=True)
+class Variant:
+    """A change to a model for as long as it answers, such as pruned weights."""
+
+    name: str
+    """In file names and tables, behind the model's."""
+    key: str
+    """What answers depend on: another key is another variant."""
+    applied: Callable[[api.Loaded], AbstractContextManager[object]]
+    """While open, the model is changed."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What to ask whom."""
 
@@ -47,12 +59,18 @@ class Evaluation:
     bits: int | None = None
     device: str = "cpu"
     fresh: bool = False
+    variant: Variant | None = None
+
+    @property
+    def label(self) -> str:
+        """The model in files and tables."""
+        return self.name if self.variant is None else f"{self.name}.{self.variant.name}"
 
     def __post_init__(self) -> None:
         """Refuse a name that another file may have; ``ConfigError``."""
-        if not is_model_name(self.name):
+        if not is_model_name(self.label):
             raise ConfigError(
-                f"The model's name {self.name!r} cannot stand in names of files: give --name with letters, digits and "
+                f"The model's name {self.label!r} cannot stand in names of files: give --name with letters, digits and "
                 "-_.+=, which does not end in .blind or .part0."
             )
 
@@ -67,7 +85,7 @@ class Evaluation:
     @property
     def stem(self) -> str:
         """How the files of this model begin."""
-        return self.name if self.see else f"{self.name}.blind"
+        return self.label if self.see else f"{self.label}.blind"
 
 
 def evaluate(
@@ -106,9 +124,9 @@ def _evaluate(
     model = weights_of(evaluation)
     keys = {b: _key(evaluation, b, model) for b in asked}
     logs = {b: _open(evaluation, b, samples, keys[b], place) for b, samples in asked.items()}
-    load = functools.cache(load or partial(load_model, evaluation))
     scores = {}
-    with progress_bar(console) as progress:
+    with ExitStack() as stack, progress_bar(console) as progress:
+        load = functools.cache(partial(_changed, evaluation, load, stack))
         progress.disable = place.rank > 0 or not console.is_terminal
         for benchmark, samples in asked.items():
             log = logs[benchmark]
@@ -161,6 +179,16 @@ def load_model(evaluation: Evaluation) -> api.Loaded:
     )
 
 
+def _changed(
+    evaluation: Evaluation, load: Callable[[], api.Loaded] | None, stack: ExitStack
+) -> api.Loaded:
+    """The model as it is to answer until ``stack`` closes."""
+    loaded = (load or partial(load_model, evaluation))()
+    if evaluation.variant is not None:
+        stack.enter_context(evaluation.variant.applied(loaded))
+    return loaded
+
+
 def _advance(progress: Progress, task: TaskID, done: int, total: int) -> None:
     progress.update(task, completed=done, total=total)
 
@@ -188,6 +216,8 @@ def join() -> Place:
 
 def _key(evaluation: Evaluation, benchmark: Benchmark, model: str) -> str:
     settings = asdict(evaluation.asking(benchmark)) | {"bits": evaluation.bits}
+    if evaluation.variant is not None:
+        settings["variant"] = evaluation.variant.key
     return run_key(model, settings)
 
 
@@ -201,12 +231,12 @@ def _open(
             for file in (path, *part_files(path)):
                 set_aside(file)
         # Answers of another model are found here, before anything is loaded.
-        log = AnswerLog(path, evaluation.name, key, samples)
+        log = AnswerLog(path, evaluation.label, key, samples)
         log.collect()
         if evaluation.see:
             _check_images(benchmark, log.todo())
     place.barrier()
-    return log if place.rank == 0 else AnswerLog(path, evaluation.name, key, samples)
+    return log if place.rank == 0 else AnswerLog(path, evaluation.label, key, samples)
 
 
 def _write(
@@ -216,9 +246,10 @@ def _write(
         "benchmark": benchmark.name,
         "title": benchmark.title,
         "citation": benchmark.citation,
-        "model": {"name": evaluation.name, "path": evaluation.model, "base": evaluation.base},
+        "model": {"name": evaluation.label, "path": evaluation.model, "base": evaluation.base},
         "vlora": _is_vlora(evaluation.model),
         "run": key,
+        "variant": None if evaluation.variant is None else evaluation.variant.key,
         "asking": asdict(evaluation.asking(benchmark)) | {"bits": evaluation.bits},
         "questions": len(samples),
         "data": str(evaluation.data.resolve()),
@@ -274,7 +305,7 @@ def _table(
     asked: Mapping[Benchmark, Sequence[Sample]],
     scores: Mapping[str, Score],
 ) -> Table:
-    title = evaluation.name + ("" if evaluation.see else ", blind")
+    title = evaluation.label + ("" if evaluation.see else ", blind")
     table = Table(title=title, box=SIMPLE_HEAD, title_justify="left")
     for column in ("benchmark", "questions", "metric", "value", "chance"):
         table.add_column(
