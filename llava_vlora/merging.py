@@ -105,24 +105,30 @@ def mergeable_linear(module: nn.Module) -> nn.Linear:
         MergeError: The weight is quantised, partitioned by ZeRO-3, offloaded, or not there.
     """
     base = cast(Any, module).get_base_layer() if hasattr(module, "get_base_layer") else module
-    weight = getattr(base, "weight", None)
-    reason = None
-    if not isinstance(weight, nn.Parameter):
-        reason = f"{type(base).__name__} has no weight"
-    elif hasattr(weight, "ds_id"):
-        reason = "DeepSpeed ZeRO-3 has partitioned it"
-    elif weight.is_meta:
-        reason = "it is offloaded and not in memory"
-    elif not weight.is_floating_point() or hasattr(weight, "quant_state"):
-        reason = f"it is quantised ({weight.dtype})"
-    elif weight.shape != (base.out_features, base.in_features):
-        reason = f"its shape is {tuple(weight.shape)}, not [out, in]"
+    reason = unwritable(base)
     if reason is not None:
         raise MergeError(
             f"Perceptual weights cannot be merged into a {type(base).__name__}: {reason}. Use "
             "`with model.seeing(weights):`, which adds them beside the layer."
         )
     return cast(nn.Linear, base)
+
+
+def unwritable(module: nn.Module) -> str | None:
+    """Why the weight of a linear layer cannot be changed, or None if it can."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter):
+        return f"{type(module).__name__} has no weight"
+    if hasattr(weight, "ds_id"):
+        return "DeepSpeed ZeRO-3 has partitioned it"
+    if weight.is_meta:
+        return "it is offloaded and not in memory"
+    if not weight.is_floating_point() or hasattr(weight, "quant_state"):
+        return f"it is quantised ({weight.dtype})"
+    linear = cast(nn.Linear, module)
+    if weight.shape != (linear.out_features, linear.in_features):
+        return f"its shape is {tuple(weight.shape)}, not [out, in]"
+    return None
 
 
 def unmergeable(model: nn.Module, weights: PerceptualWeights) -> str | None:

@@ -249,7 +249,8 @@ def read_tensors(
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """Hash of named tensors, 32 hexadecimal digits: names, dtypes, shapes and bytes."""
     total = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(tensors.items()):
+    for name in sorted(tensors):  # one after the other: they may be mapped from a file
+        tensor = tensors[name]
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         total.update(raw.numpy().data)
