@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 from ..errors import ConfigError, IMAError
 from .linears import Place
 from .masks import MaskSet, pack
+from .scores import Scores
+from .selecting import Group, make_mask
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,20 @@ def alpha_subnet(
     return found, SubNet(
         votes, len(masks), sparsities, found.sparsity, found.model_sparsity, expected / total
     )
+
+
+def matched(
+    subnet: MaskSet, scores: Mapping[str, Scores], *, group: Group = "row"
+) -> dict[str, MaskSet]:
+    """Masks of other scores that prune as much as a subnetwork does, to compare it with.
+
+    Args:
+        subnet: The mask whose sparsity over linear layers is aimed at.
+        scores: By a name: magnitude, random, one task's Wanda scores, ...
+        group: As in :func:`~.selecting.make_mask`; ``layer`` misses the sparsity by less than one weight a layer,
+            ``row`` by less than one a row.
+    """
+    return {name: make_mask(s, subnet.sparsity, group=group) for name, s in scores.items()}
 
 
 def _vote(masks: Sequence[MaskSet], place: Place, votes: int) -> Tensor:

@@ -20,7 +20,13 @@ VISION_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32"
 MAX_MISMATCH = 0.05
 
 #: Flags that are no settings of a generator.
-_ANY_PROJECTOR = ("mm_vision_dtype", "vlora_features", "vlora_ima_steps", "vlora_ima_examples")
+_ANY_PROJECTOR = (
+    "mm_vision_dtype",
+    "vlora_features",
+    "vlora_prune_mask",
+    "vlora_ima_steps",
+    "vlora_ima_examples",
+)
 
 
 @dataclass
@@ -81,6 +87,13 @@ class VLoRAArguments:
     vlora_features: Optional[str] = field(
         default=None,
         metadata={"help": "Folder of `llava-vlora features`, used instead of images."},
+    )
+    vlora_prune_mask: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "Mask file: its weights of the language model are zero while the projector is trained alone; for "
+            "any projector."
+        },
     )
     vlora_ima_steps: Optional[int] = field(
         default=None,
@@ -175,6 +188,9 @@ def check_together(model: Any, training: Any) -> None:
     """
     alone = "--tune_mm_mlp_adapter True trains the projector and freezes all else"
     quantised = training.bits in (4, 8)
+    zero3 = _zero_stage(training.deepspeed) == 3
+    pruned = f"--vlora_prune_mask {model.vlora_prune_mask} zeroes weights of the language model"
+    masked = model.vlora_prune_mask is not None
     contradictions = (
         (
             model.tune_mm_mlp_adapter and training.freeze_mm_mlp_adapter,
@@ -190,14 +206,24 @@ def check_together(model: Any, training: Any) -> None:
             "--lora_enable True or --tune_mm_mlp_adapter True",
         ),
         (
-            quantised and _zero_stage(training.deepspeed) == 3,
+            quantised and zero3,
             f"--bits {training.bits} contradicts ZeRO-3 in {training.deepspeed}, which cannot partition quantised "
             "weights: use a ZeRO-2 configuration",
         ),
         (
-            model.vlora_ima_steps and (_zero_stage(training.deepspeed) == 3 or training.fsdp),
+            model.vlora_ima_steps and (zero3 or training.fsdp),
             "--vlora_ima_steps reads the model on one process, but ZeRO-3 and FSDP leave no process with all of it: "
             "use a ZeRO-2 configuration",
+        ),
+        (
+            masked and not model.tune_mm_mlp_adapter,
+            f"{pruned}, and training it would fill them again: give --tune_mm_mlp_adapter True, which trains the "
+            "projector alone",
+        ),
+        (masked and quantised, f"{pruned}, which --bits {training.bits} quantises"),
+        (
+            masked and zero3,
+            f"{pruned}, which ZeRO-3 in {training.deepspeed} partitions: use a ZeRO-2 configuration",
         ),
     )
     for found, what in contradictions:

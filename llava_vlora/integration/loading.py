@@ -33,6 +33,7 @@ from .modeling import (
     LlavaVLoRAMistralConfig,
     LlavaVLoRAMistralForCausalLM,
 )
+from .pruned_training import MASK_KEY
 
 _logger = logging.getLogger("llava_vlora")
 
@@ -117,6 +118,13 @@ def _load_multimodal(
             read_tensors(checkpoint.path / PROJECTOR_FILE),
             checkpoint.path,
         )
+        if MASK_KEY in checkpoint.config:
+            _logger.warning(
+                "%s was trained on a language model pruned by mask %s; prune %s in the same way, with apply_mask().",
+                checkpoint.path,
+                checkpoint.config[MASK_KEY],
+                source,
+            )
     elif checkpoint.kind == "lora":
         model = _merge_lora(checkpoint, model)
     return tokenizer, model

@@ -26,6 +26,7 @@ from ..training.sampling import Order, remember
 from .alignment import EXAMPLES, AlignmentRecorder
 from .checkpoint import NON_LORA_FILE, PROJECTOR_FILE, load_projector, read_tensors
 from .flags import Request
+from .pruned_training import MASK_KEY
 from .quantised_training import BITS_KEY, projector_for_adapter
 from .reporting import RunReport
 from .zero import keep_small_parameters_whole
@@ -109,6 +110,8 @@ class ResumableTrainer(LLaVATrainer):
         kind = "lora" if self._lora else "pretrain" if self._projector_alone else "full"
         bits = getattr(self.model.config, BITS_KEY, None)
         kind += f" of {bits} bits" if bits else ""
+        mask = getattr(self.model.config, MASK_KEY, None)
+        kind += f" with mask {mask}" if mask else ""
         engine = "torch"
         if self.is_deepspeed_enabled:
             engine = f"ZeRO-{self.accelerator.state.deepspeed_plugin.zero_stage}"

@@ -28,6 +28,7 @@ from .flags import (
 )
 from .meta_model import VLoRAMetaModel
 from .modeling import LlavaVLoRALlamaForCausalLM, LlavaVLoRAMistralForCausalLM
+from .pruned_training import check_prune_flag, prune_for_training
 from .quantised_training import describe_as_its_base, prepare_options
 from .stages import initialize_generator
 from .trainer import patch_trainer
@@ -52,6 +53,7 @@ def patch_training(train: ModuleType) -> None:
         def __post_init__(self) -> None:
             check_model_arguments(self)
             check_features_flag(self)
+            check_prune_flag(self)
             Request.model = self
 
     @dataclass
@@ -116,7 +118,8 @@ class _ChosenClass:
             )
         chosen = _vlora_class(path, str(config.get("model_type"))) if wanted else self._stock
         prepare_options(kwargs, config)
-        return describe_as_its_base(chosen.from_pretrained(path, *args, **kwargs), kwargs)
+        model = describe_as_its_base(chosen.from_pretrained(path, *args, **kwargs), kwargs)
+        return prune_for_training(model, getattr(Request.model, "vlora_prune_mask", None))
 
 
 def _vlora_class(path: str, model_type: str) -> Any:
