@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
@@ -46,10 +47,16 @@ def pairs_plot(pairs: Pairs) -> Figure:
         axes.tick_params(axis="x", labelrotation=45)
         for i, row in enumerate(values):
             for j, value in enumerate(row):
-                text = "" if i == j else "-" if value != value else f"{value:.2f}"
-                axes.text(j, i, text, ha="center", va="center", fontsize=8)
+                if not math.isnan(value):
+                    _write(axes, j, i, value)
         axes.set_title(kind, fontsize=9.5, loc="left")
     return figure
+
+
+def _write(axes: Axes, x: int, y: int, value: float) -> None:
+    shown = round(value, 2) + 0.0  # no -0.00
+    color = "white" if value > 0.6 else "black"
+    axes.text(x, y, f"{shown:.2f}", ha="center", va="center", fontsize=8, color=color)
 
 
 def _pair(pairs: Pairs, first: str, second: str) -> Agreement | None:

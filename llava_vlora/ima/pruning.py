@@ -132,21 +132,27 @@ def zeroed(
 
 def _zero(linears: Mapping[Place, nn.Linear], mask: MaskSet, undo: ExitStack | None) -> None:
     """Zero pruned weights; ``undo`` gets what puts them back."""
-    seen: set[int] = set()
     # inference tensors could not be put into a parameter that autograd knows
     with torch.inference_mode(False), torch.no_grad():
+        _part(linears, undo)
         for place, linear in linears.items():
             weight = linear.weight
-            if id(weight) in seen:
-                # Layers that share a weight are pruned by a mask each.
-                linear.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
-                if undo is not None:
-                    undo.callback(setattr, linear, "weight", weight)
-            seen.add(id(weight))
             pruned = ~_kept(mask, place, weight)
             if undo is not None:
                 undo.callback(_put_back, linear, mask, place, weight.data[pruned])
-            linear.weight.data.masked_fill_(pruned, 0)
+            weight.data.masked_fill_(pruned, 0)
+
+
+def _part(linears: Mapping[Place, nn.Linear], undo: ExitStack | None) -> None:
+    """Give layers that share a weight one each, as they have a mask each."""
+    seen: set[int] = set()
+    for linear in linears.values():
+        weight = linear.weight
+        if id(weight) in seen:
+            linear.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+            if undo is not None:
+                undo.callback(setattr, linear, "weight", weight)
+        seen.add(id(weight))
 
 
 def _kept(mask: MaskSet, place: Place, like: Tensor) -> Tensor:

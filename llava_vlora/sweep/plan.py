@@ -23,7 +23,7 @@ from .variants import Variant
 Kind = Literal["pretrain", "finetune", "evaluate", "blind"]
 
 #: Flags that name a file or a folder of a model, which count by what they hold and not by where they lie.
-_FILES = ("data_path", "deepspeed", "pretrain_mm_mlp_adapter")
+_FILES = ("data_path", "deepspeed", "pretrain_mm_mlp_adapter", "vlora_prune_mask")
 _MODELS = ("model_name_or_path", "vision_tower", "vlora_features")
 #: Flags after which a folder holds only part of a model.
 _PARTIAL = ("lora_enable", "tune_mm_mlp_adapter")
