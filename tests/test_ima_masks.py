@@ -201,6 +201,12 @@ def test_weights_that_no_mask_can_be_for_are_named(llama: Any) -> None:
     block.experts = torch.nn.ParameterList([torch.zeros(2, 64, 64)])
     with pytest.raises(IMAError, match="Block 2 keeps '0' in the ParameterList 'experts'"):
         block_linears(llama)
+    block.experts = torch.nn.Module()
+    block.experts.register_buffer("table", torch.zeros(2, 64))
+    assert len(block_linears(llama)) == 28
+    block.experts.register_buffer("qweight", torch.zeros(2, 64, dtype=torch.int32))
+    with pytest.raises(IMAError, match="Block 2 keeps 'qweight' in the Module 'experts'"):
+        block_linears(llama)
 
 
 def test_adapters_are_named(llama: Any) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import json
 import logging
 import shutil
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from transformers import AutoModelForCausalLM
 from llava_vlora import PerceptualWeights, merged, seeing
 from llava_vlora.benchmarks import find
 from llava_vlora.comparison.results import read_results
-from llava_vlora.decoder import TARGETS
+from llava_vlora.decoder import TARGETS, decoder_layers
 from llava_vlora.errors import (
     AnswersError,
     CheckpointError,
@@ -45,8 +48,10 @@ from llava_vlora.ima.selecting import make_mask
 from llava_vlora.ima.semi_structured import is_two_of_four, to_semi_structured
 from llava_vlora.integration.api import Loaded, load
 from llava_vlora.integration.flags import Request
+from llava_vlora.turns import turns
 from tests.test_benchmarks import make_pope
 from tests.test_evaluation import paint, rows
+from tests.test_ima_masks import Live
 from tests.test_injection import CLOSE, IDS, logits
 from tests.test_injection import merged as dense_copy
 from tests.test_merging import make_weights
@@ -203,6 +208,38 @@ def test_masks_fit_other_dtypes(llama: Any) -> None:
     with apply_mask(half, mask):
         for place, linear in block_linears(half).items():
             assert not linear.weight[~mask.kept(place)].any()
+
+
+def test_memory_is_that_of_the_pruned_values(llama: Any) -> None:
+    mask = make_mask(random_scores(llama), 0.75)
+    gc.collect()
+    with Live() as live, apply_mask(llama, mask):
+        held = live.now
+    assert 0 <= held - 4 * mask.pruned < 4096
+    matrix = 64 * 128  # the largest, in a few bytes a weight
+    assert live.peak < held + 16 * matrix
+
+
+def test_weights_change_between_calls_of_other_threads(llama: Any) -> None:
+    mask, layers = make_mask(random_scores(llama), 0.5), decoder_layers(llama)
+    inside, leave = threading.Event(), threading.Event()
+
+    def pruned() -> None:
+        with apply_mask(llama, mask):
+            inside.set()
+            assert leave.wait(60)
+
+    with ThreadPoolExecutor(1) as pool:
+        with turns(layers).shared():
+            future = pool.submit(pruned)
+            assert not inside.wait(0.2)
+        assert inside.wait(60)
+        with turns(layers).shared():
+            leave.set()
+            assert not wait([future], 0.2).done
+            assert not llama.model.layers[0].mlp.up_proj.weight.all()
+        future.result(60)
+    assert llama.model.layers[0].mlp.up_proj.weight.all()
 
 
 def test_pruning_for_good(llama: Any) -> None:

@@ -55,13 +55,19 @@ def block_linears(model: nn.Module) -> dict[Place, nn.Linear]:
 
 def _check_no_matrix(module: nn.Module, number: int, path: str) -> None:
     """Refuse weights that are kept in another way: they would stay dense unseen."""
-    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    # Buffers of whole numbers hold quantised weights; others hold rotary tables and attention masks.
+    stored = [(name, t) for name, t in module.named_buffers(recurse=False) if not _table(t)]
+    own = [*module.named_parameters(recurse=False), *stored]
     matrices = [name for name, tensor in own if tensor.ndim > 1]
     if matrices:
         raise IMAError(
             f"Block {number} keeps {matrices[0]!r} in the {type(module).__name__} {path!r}, which is no linear layer; "
             "such weights cannot be scored or pruned."
         )
+
+
+def _table(buffer: Tensor) -> bool:
+    return buffer.is_floating_point() or buffer.dtype == torch.bool
 
 
 def shapes(linears: Mapping[Place, nn.Linear]) -> dict[Place, tuple[int, int]]:
