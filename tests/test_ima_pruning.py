@@ -438,6 +438,8 @@ def test_answers_of_another_mask_are_not_taken(evaluation: Evaluation) -> None:
         scored(evaluation, {"mine": other}, load=fail, dense=False)
     with pytest.raises(AnswersError, match="answered by another model or with other settings"):
         scored(evaluation, {"mine": one}, load=fail, dense=False, delta="masked")
+    with pytest.raises(ConfigError, match=r"'m.a/b' cannot stand in names of files"):
+        scored(evaluation, {"a/b": one}, load=fail, dense=False)
 
 
 def test_benchmarks_with_pruned_images(evaluation: Evaluation) -> None:

@@ -61,11 +61,6 @@ class Evaluation:
     fresh: bool = False
     variant: Variant | None = None
 
-    @property
-    def label(self) -> str:
-        """The model in files and tables."""
-        return self.name if self.variant is None else f"{self.name}.{self.variant.name}"
-
     def __post_init__(self) -> None:
         """Refuse a name that another file may have; ``ConfigError``."""
         if not is_model_name(self.label):
@@ -81,6 +76,11 @@ class Evaluation:
     def file(self, benchmark: Benchmark, end: str) -> Path:
         """A file of this model's results; blind answers have a name of their own."""
         return self.out / benchmark.name / f"{self.stem}{end}"
+
+    @property
+    def label(self) -> str:
+        """The model in files and tables."""
+        return self.name if self.variant is None else f"{self.name}.{self.variant.name}"
 
     @property
     def stem(self) -> str:
