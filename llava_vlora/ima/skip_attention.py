@@ -196,6 +196,10 @@ def _rows_of(kwargs: Arguments, keys: Keys, index: Tensor) -> Arguments:
         mask = _causal(x, keys[0].shape[-2])
     changed: Arguments = {"hidden_states": gather_rows(x, index)}
     if mask is not None:
+        if mask.dtype == torch.bool:  # what fused kernels are given; the eager one adds its mask
+            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(
+                ~mask, torch.finfo(x.dtype).min
+            )
         mask = mask.expand(len(index), *mask.shape[1:])
         wanted = index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
         changed["attention_mask"] = mask.gather(2, wanted)
