@@ -100,7 +100,9 @@ def prompts(side: str = "left") -> tuple[Tensor, Tensor, Tensor]:
     roles = [[S, S, *[P] * 7, Q, Q, Q], [S, *[P] * 4, *[Q] * 4], [S, S, Q, Q, Q]]
     rows = [torch.tensor(row) for row in roles]
     pads = [torch.full((12 - len(row),), int(PAD)) for row in rows]
-    ordered = [torch.cat([p, r] if side == "left" else [r, p]) for p, r in zip(pads, rows)]
+    ordered = [
+        torch.cat([p, r] if side == "left" else [r, p]) for p, r in zip(pads, rows, strict=True)
+    ]
     roles_all = torch.stack(ordered)
     ids = torch.randint(3, 40, roles_all.shape, generator=torch.Generator().manual_seed(1))
     mask = (roles_all != PAD).long()
@@ -264,11 +266,14 @@ def test_rows_are_the_ratio_of_each_examples_targets() -> None:
     assert rows.skipped.sum(1).tolist() == [4, 2, 0]  # of 7, 4 and 0; a half is rounded up
     assert not (rows.skipped & ~where(roles, "P")).any()
     other = call.rows(2)
-    assert other is not None and not other.skipped.equal(rows.skipped)  # drawn anew
+    assert other is not None
+    assert not other.skipped.equal(rows.skipped)
     again = Call(SkipPlan("ffn", 0.5), roles, torch.zeros(3, dtype=torch.long)).rows(1)
-    assert again is not None and again.skipped.equal(rows.skipped)
+    assert again is not None
+    assert again.skipped.equal(rows.skipped)
     seeded = [SkipPlan(seed=s, ratio=0.5).draw(1, 576) for s in (0, 1)]
-    assert set(seeded[0]) != set(seeded[1]) and len(set(seeded[0])) == 288
+    assert set(seeded[0]) != set(seeded[1])
+    assert len(set(seeded[0])) == 288
 
 
 def test_strided_rows_are_evenly_spread() -> None:
@@ -443,8 +448,8 @@ def test_perceptual_weights_pass_skipped_rows_by(loaded: Loaded) -> None:
     kinds = ["attention_query", "block", "ffn"]
     for kind in kinds:
         plan = SkipPlan(kind, 0.5, target="T", selector="strided")  # type: ignore[arg-type]
-        with zeroed(loaded.model, plan, batch.roles):
-            expected = run(loaded.model, batch).last_hidden_state
+        with batch.shown(loaded.model), zeroed(loaded.model, plan, batch.roles):
+            expected = decoder_of(loaded.model)(**batch.inputs).last_hidden_state
         with skipping(loaded.model, plan, batch.roles):
             found = run(loaded.model, batch).last_hidden_state
         real = batch.where("all")
@@ -484,7 +489,8 @@ def test_benchmarks_under_plans(loaded: Loaded, tmp_path: Path) -> None:
     assert costs[0] > costs[1] > costs[2] > 0
     json.dumps([asdict(s) for s in scores])
     files = sorted(p.name for p in (tmp_path / "out" / "sceneqa").glob("*.jsonl"))
-    assert len(files) == 3 and all(any(p.label in f for f in files) for p in plans)
+    assert len(files) == 3
+    assert all(any(p.label in f for f in files) for p in plans)
     again = evaluate_plans(evaluation, plans, console, load=lambda: loaded)
     assert again == scores
 
@@ -546,7 +552,8 @@ def test_times_come_with_their_ratios(llm_dir: Path) -> None:
     ]  # fmt: skip
     for time in times:
         middle, low, high = time.ratio
-        assert len(time.seconds) == len(time.dense) == 2 and 0 < low <= middle <= high
+        assert len(time.seconds) == len(time.dense) == 2
+        assert 0 < low <= middle <= high
     assert times[1].flops_ratio == times[3].flops_ratio == 0
     assert times[2].flops_ratio == 1
     json.dumps([asdict(t) for t in times])
@@ -620,7 +627,7 @@ def test_decoders_that_cannot_be_skipped(llm_dir: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(llm_dir)
     model.config._attn_implementation = "flash_attention_2"
     roles = torch.tensor([[S, P, Q]])
-    with pytest.raises(UnsupportedDecoderError, match="load the model with attn_impl.*sdpa"):
+    with pytest.raises(UnsupportedDecoderError, match=r"load the model with attn_impl.*sdpa"):
         skipping(model, SkipPlan("block"), roles).__enter__()
     normed_after = opt()
     for layer in decoder_layers(normed_after):
