@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from .. import provenance
+from ..bench.shapes import shape
 from ..bench.timing import Prepared, in_turns
 from ..errors import ConfigError
 from ..evaluation.cost import language_shape
-from .layout import Batch, decoder_of
+from .layout import Batch, Role, decoder_of
 from .skip_cost import PromptRows, flops
 from .skip_plan import SkipPlan
 from .skipping import skipping
@@ -92,11 +95,11 @@ def bench(
 
 
 def _flops_ratio(model: Any, batch: Batch, plan: SkipPlan, part: Part, steps: int) -> float:
-    shape = language_shape({**model.config.to_dict(), "vocab_size": 0})
+    language = language_shape({**model.config.to_dict(), "vocab_size": 0})
     settings = None if batch.weights is None else model.vlora_config
     kept = dense = 0
     for roles in batch.roles:
-        cost = flops(shape, replace(PromptRows.of(roles), steps=steps), plan, settings)
+        cost = flops(language, replace(PromptRows.of(roles), steps=steps), plan, settings)
         kept += getattr(cost, part)
         dense += getattr(cost, f"dense_{part}")
     return kept / dense
@@ -132,3 +135,62 @@ def _decode(
                 ).past_key_values
 
         yield run
+
+
+def measure(
+    name: str,
+    plans: Mapping[str, SkipPlan],
+    *,
+    layers: int | None = None,
+    text: int = 64,
+    rounds: int = 5,
+    steps: int = 0,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    progress: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Time of plans on a language model of a published shape with random weights.
+
+    Args:
+        name: A key of :data:`llava_vlora.bench.shapes.SHAPES`.
+        plans: By name.
+        layers: Fewer than the shape has, where its memory or time would not do; all by default.
+        text: Tokens of the prompt beside the visual ones, half of them before.
+        rounds: As in :func:`bench`.
+        steps: As in :func:`bench`.
+        device: Where to measure; the CPU by default.
+        dtype: Of the weights.
+        progress: As in :func:`bench`.
+
+    Returns:
+        Seconds, ratios, and where they come from; fit for JSON.
+
+    Raises:
+        ConfigError: There is no such shape, or as of :func:`bench`.
+    """
+    chosen, where = shape(name), device or torch.device("cpu")
+    count = layers or int(chosen.language["num_hidden_layers"])
+    # Nothing of the vocabulary is measured but the rows that are read.
+    config = LlamaConfig(**{**chosen.language, "num_hidden_layers": count, "vocab_size": 32})
+    with torch.device(where):
+        model = LlamaForCausalLM(config).to(dtype).eval()
+        ids = torch.randint(0, config.vocab_size, (1, text + chosen.patches))
+    kinds = [Role.SYSTEM, Role.PERCEPTUAL, Role.QUESTION]
+    counts = [text // 2, chosen.patches, text - text // 2]
+    roles = torch.tensor(kinds).repeat_interleave(torch.tensor(counts))[None]
+    batch = Batch({"input_ids": ids}, roles, ("random",))
+    times = bench(model, plans, batch, rounds=rounds, steps=steps, progress=progress)
+    return {
+        "shape": name,
+        "layers": count,
+        "rows": asdict(PromptRows.of(roles[0])),
+        "rounds": rounds,
+        "steps": steps,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": where.type,
+        "threads": torch.get_num_threads(),
+        "times": [asdict(time) | {"ratio": time.ratio} for time in times],
+        "versions": provenance.versions(),
+        "commit": provenance.commit(),
+        "machine": provenance.machine() | {"processor": provenance.processor()},
+    }
