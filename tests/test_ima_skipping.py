@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
@@ -180,6 +181,19 @@ def test_opt() -> None:
         with skipping(model, plan, roles):
             found = logits(model, ids, mask)
         torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-5)
+    plan = SkipPlan("block", 0.5)
+    if transformers.__version__.startswith("4.37"):
+        with (
+            skipping(model, plan, roles),
+            pytest.raises(UnsupportedDecoderError, match="in tuples"),
+        ):
+            logits(model, ids, mask)
+        return
+    with zeroed(model, plan, roles):
+        expected = logits(model, ids, mask)
+    with skipping(model, plan, roles):
+        found = logits(model, ids, mask)
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -697,3 +711,21 @@ def test_cut_prompts_are_not_guessed() -> None:
     for tokens, rows, limit in ((ids, 7, 7), (two, 8, None), (ids, 3, None)):
         with pytest.raises(IMAError, match="Prompt 0 of the batch has"):
             expanded_roles(tokens, tokens != 0, torch.ones(1, rows).bool(), limit)
+
+
+def test_flops_beside_perceptual_weights(loaded: Loaded) -> None:
+    """A row that skips the FFN skips the low-rank path beside it."""
+    if not is_vlora(loaded):
+        return
+    model, plan = loaded.model, SkipPlan("ffn", 0.5, target="T", start=2)
+    (batch,) = prepare(loaded, [Question("a", "What colour is the image?", (pictures()[0],))])
+    counted = []
+    for opened in (nullcontext(), skipping(model, plan, batch.roles)):
+        with opened, FlopCounterMode(display=False) as counter:
+            run(model, batch)
+        counted.append(counter.get_total_flops())
+    shape = language_shape(model.config.to_dict())
+    cost = flops(shape, PromptRows.of(batch.roles[0]), plan, model.vlora_config)
+    assert counted[0] - counted[1] == cost.dense_prefill - cost.prefill
+    without = flops(shape, PromptRows.of(batch.roles[0]), plan)
+    assert cost.dense_prefill - cost.prefill > without.dense_prefill - without.prefill

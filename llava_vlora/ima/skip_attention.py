@@ -93,8 +93,8 @@ class _Reader:
 
 def _old_caches() -> UnsupportedDecoderError:
     return UnsupportedDecoderError(
-        "This decoder keeps its keys in tuples, as OPT does before transformers 4.38, and its attention cannot be "
-        "skipped; skip its FFN, or use a newer transformers."
+        "This decoder keeps its keys in tuples, as OPT does in old versions of transformers, and its attention cannot "
+        "be skipped; skip its FFN, or use a newer transformers."
     )
 
 

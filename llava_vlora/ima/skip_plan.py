@@ -20,7 +20,7 @@ from ..errors import ConfigError, listing
 Skipped = Literal["ffn", "attention_query", "attention_full", "block", "parallel", "parallel_block"]
 Phase = Literal["prefill", "decode", "both"]
 #: Which rows go first. ``norm``: the longest X, which an update changes least. ``attention``: those to which the last
-#: row of the prompt attends least in this block (arXiv 2403.06764, section 4.1, ranks visual tokens by attention).
+#: row of the prompt attends least in this block (FastV, arXiv 2403.06764, ranks visual tokens by attention).
 #: ``similarity``: those that the block before changed least, by the cosine of its input and output.
 Selector = Literal["random", "strided", "norm", "attention", "similarity"]
 
