@@ -389,6 +389,17 @@ def test_overlap_by_hand() -> None:
     assert (apart.iou, apart.normalised) == pytest.approx((0, -0.5))
 
 
+def test_overlap_without_what_a_third_mask_keeps() -> None:
+    """{0, 1, 2} and {0, 2, 3} of five without {0, 4}: {1, 2} and {2, 3} of three."""
+    masks = [mask_from([1, 1, 1, 0, 0]), mask_from([1, 0, 1, 1, 0])]
+    found = mask_iou(*masks, without=mask_from([1, 0, 0, 0, 1])).mean
+    assert (found.iou, found.chance) == pytest.approx((1 / 3, (4 / 9) / (4 / 3 - 4 / 9)))
+    pairs = pairwise_iou({"a": masks[0], "b": masks[1]}, without=mask_from([1, 0, 0, 0, 1]))
+    assert pairs.between("b", "a").mean == found
+    with pytest.raises(IMAError, match="Both masks keep nothing"):
+        mask_iou(*masks, without=mask_from([1, 1, 1, 1, 0]))
+
+
 def test_overlap_with_itself_is_one(llama: Any) -> None:
     mask = make_mask(magnitude_scores(llama), 0.3)
     found = mask_iou(mask, mask)

@@ -52,18 +52,27 @@ class Pairs:
         return self.overlaps[f"{second} / {first}"] if found is None else found
 
 
-def mask_iou(first: MaskSet, second: MaskSet) -> Overlap:
+def mask_iou(first: MaskSet, second: MaskSet, *, without: MaskSet | None = None) -> Overlap:
     """Overlap of the weights that two masks keep; one matrix is read at a time.
+
+    Wanda's scores have the weight's magnitude in common, so their masks overlap beyond chance whatever was read.
+
+    Args:
+        first: A mask.
+        second: Another one of the same model.
+        without: Leave out what this mask keeps, such as that of magnitudes; chance is then that of the rest.
 
     Raises:
         IMAError: The masks are of different models, or both keep nothing of a layer.
     """
-    first.check_same(second)
+    for other in (second, without):
+        if other is not None:
+            first.check_same(other)
     places: dict[str, Agreement] = {}
     by_block: dict[int, list[Agreement]] = {}
     totals = (0, 0, 0, 0)
     for place in first.shapes:
-        counts = _counts(first, second, place)
+        counts = _counts(first, second, without, place)
         found = _agreement(counts, f"{place[1]!r} of block {place[0]}")
         places[f"{place[0]}.{place[1]}"] = found
         by_block.setdefault(place[0], []).append(found)
@@ -72,9 +81,12 @@ def mask_iou(first: MaskSet, second: MaskSet) -> Overlap:
     return Overlap(places, blocks, _mean(list(blocks.values())), _agreement(totals, "the model"))
 
 
-def pairwise_iou(masks: Mapping[str, MaskSet]) -> Pairs:
-    """Overlap of each two masks; errors as for :func:`mask_iou`."""
-    found = {f"{a} / {b}": mask_iou(masks[a], masks[b]) for a, b in combinations(masks, 2)}
+def pairwise_iou(masks: Mapping[str, MaskSet], *, without: MaskSet | None = None) -> Pairs:
+    """Overlap of each two masks; ``without`` and errors as for :func:`mask_iou`."""
+    found = {
+        f"{a} / {b}": mask_iou(masks[a], masks[b], without=without)
+        for a, b in combinations(masks, 2)
+    }
     return Pairs(tuple(masks), found)
 
 
@@ -87,10 +99,12 @@ def chance_iou(p: float, q: float) -> float:
 _Counts = tuple[int, int, int, int]
 
 
-def _counts(first: MaskSet, second: MaskSet, place: Place) -> _Counts:
-    one, other = first.packed[place], second.packed[place]
-    both = popcount(one & other)
-    return both, popcount(one), popcount(other), first.size(place)
+def _counts(first: MaskSet, second: MaskSet, without: MaskSet | None, place: Place) -> _Counts:
+    one, other, size = first.packed[place], second.packed[place], first.size(place)
+    if without is not None:
+        rest = ~without.packed[place]
+        one, other, size = one & rest, other & rest, size - without.count(place)
+    return popcount(one & other), popcount(one), popcount(other), size
 
 
 def _sum(first: _Counts, second: _Counts) -> _Counts:
