@@ -25,6 +25,7 @@ _VERBS = {
     "check-data": "llava_vlora.cli.check_data",
     "features": "llava_vlora.cli.features",
     "merge-lora": "llava_vlora.cli.merge_lora",
+    "ima": "llava_vlora.cli.ima",
     "sweep": "llava_vlora.cli.sweep",
 }
 

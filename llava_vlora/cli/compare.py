@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..evaluation.comparing import compare
 
-    models, bases = _pairs("--model", args.model), _pairs("--model-base", args.model_base)
+    models, bases = pairs("--model", args.model), pairs("--model-base", args.model_base)
     _known("--model-base", bases, models)
     evaluations = [evaluation(args, path, bases.get(name), name) for name, path in models.items()]
     blind = [] if args.no_blind else _blind(args.blind, models)
@@ -69,7 +69,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _pairs(flag: str, given: Sequence[str]) -> dict[str, str]:
+def pairs(flag: str, given: Sequence[str]) -> dict[str, str]:
+    """Name and folder of each ``NAME=FOLDER``.
+
+    Raises:
+        ConfigError: One is written otherwise, or a name stands twice.
+    """
     from ..errors import ConfigError
     from ..evaluation.files import is_model_name
 

@@ -1,0 +1,219 @@
+"""``llava-vlora ima``: how perceptual and textual tokens align inside the language model (arXiv 2405.16700)."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .arguments import chosen_device, positive
+
+if TYPE_CHECKING:
+    from ..ima.data import Examples
+    from ..ima.runs import Found, Options, Run
+
+_EPILOG = """\
+  llava-vlora ima score --model llava=checkpoints/my-llava --set pope --limit 200 --out runs/ima
+  llava-vlora ima norms --model vlora=checkpoints/my-vlora --set finetune.json:images --points x,fc2
+  llava-vlora ima correlate --scores runs/ima/score.json --metrics runs/x:pope
+
+A VLoRA model has no visual tokens: what takes their place is the change that the image makes to each textual token
+(the counterfactual view), and every result says so. Scores of two views cannot be compared.
+"""
+_VERBS = {
+    "collect": "store states as sharded safetensors",
+    "norms": "norms of tokens, block by block",
+    "selfsim": "similarity of a token with itself some blocks later",
+    "sim": "similarity of perceptual and textual tokens",
+    "vocab": "distributions over the vocabulary by the model's own head",
+    "tsne": "examples in the plane",
+    "score": "the IMA score with an interval over images",
+}
+_LABELS = {
+    "norms": "Median norm of a token",
+    "selfsim": "Cosine with itself",
+    "sim": "Similarity of P and T",
+    "vocab": "Divergence, nats",
+    "score": "Similarity of P and T",
+}
+
+
+def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
+    """Add the verb to the command line."""
+    parser = subparsers.add_parser(
+        "ima",
+        help="analyse how what a model sees and what it reads align inside it",
+        description="Analyses of IMA (arXiv 2405.16700) for LLaVA, VLoRA and other decoders.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    for name, text in _VERBS.items():
+        own = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        _add_source(own)
+        if name in ("sim", "score"):
+            own.add_argument("--sim", default="median", help="measure (default: median)")
+            own.add_argument("--pairs", default="matched", help="matched (default) or all")
+        if name in ("selfsim", "vocab"):
+            own.add_argument("--steps", default="1", help="numbers of blocks, such as 1,8")
+        if name == "score":
+            own.add_argument(
+                "--perceptual-layer",
+                default="same",
+                help="same (default) or input, the first block's",
+            )
+        if name == "tsne":
+            own.add_argument("--method", default="tsne", help="tsne (default) or pca")
+            own.add_argument("--block", type=int, help="default: the last")
+        if name == "collect":
+            own.add_argument("--dtype", default="bfloat16", help="default: bfloat16")
+            own.add_argument("--max-tokens", type=positive, help="of each kind (default: all)")
+    _add_correlate(verbs)
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", action="append", required=True, metavar="NAME=FOLDER", help="once for each model"
+    )
+    parser.add_argument("--model-base", help="language model, for a projector or LoRA weights")
+    parser.add_argument(
+        "--set",
+        action="append",
+        required=True,
+        metavar="BENCHMARK or FILE:IMAGES",
+        help="examples, once for each data set: a benchmark of `llava-vlora eval`, or a file of LLaVA's",
+    )
+    parser.add_argument(
+        "--data", type=Path, default=Path("playground/data/eval"), help="folder of benchmarks"
+    )
+    parser.add_argument("--limit", type=positive, default=200, help="of each set (default: 200)")
+    parser.add_argument(
+        "--text", default="question+answer", help="question, question+answer (default) or generated"
+    )
+    parser.add_argument("--points", default="x", help="states, such as x,ln1,sa,ln2,fc1,fc2")
+    parser.add_argument("--layers", help="blocks, such as 0,8,16 (default: all)")
+    parser.add_argument("--conv-mode", default="vicuna_v1", help="LLaVA's template (vicuna_v1)")
+    parser.add_argument("--batch-size", type=positive, default=1, help="default: 1")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--out", type=Path, default=Path("runs/ima"), help="default: runs/ima")
+
+
+def _add_correlate(verbs: Any) -> None:
+    text = "correlate scores of models with a metric of theirs"
+    parser = verbs.add_parser("correlate", help=text, description=f"{text.capitalize()}.")
+    parser.add_argument(
+        "--scores", type=Path, required=True, help="score.json of `ima score`, or model -> number"
+    )
+    parser.add_argument(
+        "--metrics",
+        required=True,
+        metavar="FILE or RUN:BENCHMARK",
+        help="JSON of model -> number, or a folder of `llava-vlora eval` and a benchmark in it",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of sampled permutations (default: 0)")
+    parser.add_argument("--out", type=Path, default=Path("runs/ima"), help="default: runs/ima")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Analyse and write; returns the exit code."""
+    if args.what == "correlate":
+        from ..ima.correlating import correlate_files
+
+        print(correlate_files(args.scores, args.metrics, args.out, seed=args.seed))
+        return 0
+    return _analyse(args)
+
+
+def _analyse(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from ..demo.process import progress_bar
+    from ..ima.runs import opened, store
+    from ..ima.writing import write_found
+    from .compare import pairs
+
+    console = Console(highlight=False)
+    models, data, options = pairs("--model", args.model), _data(args), _options(args)
+    found: dict[str, Found] = {}
+    with progress_bar(console) as progress:
+        progress.disable = not console.is_terminal
+        for name, path in models.items():
+            task = progress.add_task(name, total=sum(len(examples) for examples in data.values()))
+            with opened(
+                name,
+                path,
+                args.model_base,
+                data,
+                options,
+                device=str(chosen_device(args.device)),
+                advance=partial(progress.advance, task),
+            ) as one:
+                if args.what == "collect":
+                    for stored in store(
+                        one, args.out, dtype=args.dtype, max_tokens=args.max_tokens
+                    ).values():
+                        console.print(f"Written: {stored.folder}", soft_wrap=True, markup=False)
+                else:
+                    found[name] = _call(args)(one)
+    if found:
+        for line in write_found(args.out, args.what, found, _LABELS.get(args.what, ""), options):
+            console.print(line, soft_wrap=True, markup=False)
+    return 0
+
+
+def _call(args: argparse.Namespace) -> Callable[[Run], Found]:
+    from ..ima import runs
+
+    simple: Mapping[str, Callable[[Run], Found]] = {
+        "norms": runs.norms,
+        "selfsim": runs.self_similarity,
+        "sim": runs.cross_modal,
+        "vocab": runs.vocabulary,
+    }
+    if args.what == "tsne":
+        return lambda one: runs.plane(one, method=args.method, layer=args.block)
+    if args.what == "score":
+        return lambda one: runs.score(one, perceptual_layer=args.perceptual_layer)
+    return simple[args.what]
+
+
+def _options(args: argparse.Namespace) -> Options:
+    from ..errors import ConfigError
+    from ..ima.runs import Options
+
+    def numbers(flag: str, text: str | None) -> tuple[int, ...] | None:
+        try:
+            return None if text is None else tuple(int(part) for part in text.split(","))
+        except ValueError:
+            raise ConfigError(
+                f"{flag} {text}: give numbers with commas between, such as 0,8,16."
+            ) from None
+
+    return Options(
+        text=args.text,
+        conv_mode=args.conv_mode,
+        batch_size=args.batch_size,
+        points=tuple(args.points.split(",")),
+        layers=numbers("--layers", args.layers),
+        sim=getattr(args, "sim", "median"),
+        pairs=getattr(args, "pairs", "matched"),
+        steps=numbers("--steps", getattr(args, "steps", None)) or (1,),
+        seed=args.seed,
+    )
+
+
+def _data(args: argparse.Namespace) -> dict[str, Examples]:
+    from ..ima.data import from_benchmark, from_file
+
+    found = {}
+    for text in args.set:
+        file, colon, images = text.partition(":")
+        if colon:
+            one = from_file(Path(file), Path(images), limit=args.limit, seed=args.seed)
+        else:
+            one = from_benchmark(text, args.data, limit=args.limit, seed=args.seed)
+        found[one.name] = one
+    return found

@@ -1,0 +1,51 @@
+"""Files of an analysis: what was found as JSON, and a figure."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from .. import provenance
+from ..evaluation.files import write_json
+from ..report.plots import save
+from .runs import Found, Options, curves_figure
+
+
+def write_found(
+    folder: Path, what: str, found: Mapping[str, Found], label: str, options: Options
+) -> Iterator[str]:
+    """Write ``<what>.json`` and figures; gives lines to print.
+
+    Args:
+        folder: Where to.
+        what: Name of the analysis.
+        found: By model.
+        label: Of the figure's axis.
+        options: How examples were read.
+    """
+    stated = {
+        "what": what,
+        "models": {name: one.values for name, one in found.items()},
+        "options": asdict(options),
+        "command": shlex.join(sys.argv),
+        "versions": provenance.versions(),
+        "commit": provenance.commit(),
+    }
+    file = folder / f"{what}.json"
+    write_json(file, stated)
+    figures = {name: one.figure for name, one in found.items() if one.figure is not None}
+    together = curves_figure(found, label, log=what == "norms")
+    if together is not None:
+        figures[""] = together
+    for one in found.values():
+        for name, curve in one.curves.items():
+            ends = f"{curve.mean[0]:.3f} to {curve.mean[-1]:.3f}"
+            yield f"{name}: mean {curve.average:.3f} over blocks {curve.layers[0]} to {curve.layers[-1]} ({ends})"
+    for name, figure in figures.items():
+        path = folder / f"{what}{f'-{name}' if name else ''}.png"
+        save(figure, path)
+        yield f"Written: {path}"
+    yield f"Written: {file}"

@@ -1,0 +1,149 @@
+"""``llava-vlora ima`` on real models: its files hold what the library finds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava_vlora.cli import main
+from llava_vlora.ima.curves import feed
+from llava_vlora.ima.data import from_file
+from llava_vlora.ima.norms import TokenNorms
+from llava_vlora.ima.preparing import prepare
+from llava_vlora.ima.states import collect
+from llava_vlora.ima.store import StateStore
+from llava_vlora.integration.api import load
+from tests.test_compare import write_scores
+from tests.two_stacks import train_all, trained
+
+
+@pytest.fixture(scope="module")
+def models(llm_dir: Path, tower_dir: Path, data_dir: Path) -> dict[str, Path]:
+    train_all(llm_dir, tower_dir, data_dir)
+    return {name: trained(data_dir) / f"{name}-finetune" for name in ("mlp", "vlora")}
+
+
+def ima(
+    verb: str, models: dict[str, Path], data_dir: Path, out: Path, *more: object, only: str = ""
+) -> int:
+    words: list[object] = ["ima", verb, "--device", "cpu", "--limit", 4, "--out", out]
+    words += ["--set", f"{data_dir / 'finetune.json'}:{data_dir / 'images'}"]
+    for name, path in models.items():
+        if not only or name == only:
+            words += ["--model", f"{name}={path}"]
+    return main([*map(str, words), *map(str, more)])
+
+
+def read(file: Path) -> Any:
+    return json.loads(file.read_text())
+
+
+def test_norms_are_those_of_the_library(
+    models: dict[str, Path], data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ima("norms", models, data_dir, tmp_path, "--points", "x,fc2") == 0
+    written = read(tmp_path / "norms.json")
+    loaded = load(str(models["mlp"]), device="cpu")
+    examples = from_file(data_dir / "finetune.json", data_dir / "images", limit=4)
+    statistic = TokenNorms()
+    feed(collect(loaded.model, prepare(loaded, examples, text="question+answer")), statistic)
+    expected = statistic.result()[0]
+    found = written["models"]["mlp"]["finetune"][0]
+    assert found["mean"] == pytest.approx(list(expected.mean), rel=1e-5)
+    assert found["count"] == 4
+    views = {c["of"]["view"] for c in written["models"]["vlora"]["finetune"]}
+    assert views == {"counterfactual"}
+    assert (tmp_path / "norms.png").stat().st_size > 10_000
+    assert "mlp, finetune: P: mean" in capsys.readouterr().out
+    assert written["options"]["points"] == ["x", "fc2"]
+
+
+@pytest.mark.parametrize(
+    "verb", [("selfsim", "--steps", "1,2"), ("sim", "--pairs", "all"), ("vocab",), ("score",)]
+)
+def test_every_analysis_has_a_file_and_a_figure(
+    verb: tuple[str, ...], models: dict[str, Path], data_dir: Path, tmp_path: Path
+) -> None:
+    assert ima(verb[0], models, data_dir, tmp_path, *verb[1:]) == 0
+    assert set(read(tmp_path / f"{verb[0]}.json")["models"]) == {"mlp", "vlora"}
+    assert (tmp_path / f"{verb[0]}.png").is_file()
+
+
+def test_examples_in_the_plane(models: dict[str, Path], data_dir: Path, tmp_path: Path) -> None:
+    assert ima("tsne", models, data_dir, tmp_path, "--method", "pca", only="mlp") == 0
+    found = read(tmp_path / "tsne.json")["models"]["mlp"]["all"]
+    assert len(found["x"]) == 8
+    assert found["layer"] == 4
+    assert (tmp_path / "tsne-mlp.png").is_file()
+
+
+def test_collected_states_can_be_read(
+    models: dict[str, Path], data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ima("collect", models, data_dir, tmp_path, "--max-tokens", 3) == 0
+    assert "mlp-finetune" in capsys.readouterr().out
+    stored = StateStore(tmp_path / "mlp-finetune")
+    assert len(stored) == 4
+    assert len(stored[0].tokens("x", 4, "P")) == 3
+    assert StateStore(tmp_path / "vlora-finetune")[0].view == "counterfactual"
+
+
+def test_correlation_of_a_score_and_a_benchmark(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = {"a": 0.1, "b": 0.2, "c": 0.3, "d": 0.4}
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    right = {"a": 1, "b": 2, "c": 4, "d": 3}
+    write_scores(tmp_path / "run", {m: [1.0] * n + [0.0] * (5 - n) for m, n in right.items()})
+    flags = ["ima", "correlate", "--scores", str(tmp_path / "scores.json"), "--out", str(tmp_path)]
+    assert main([*flags, "--metrics", f"{tmp_path / 'run'}:toy"]) == 0
+    assert "4 models, toy, accuracy: Pearson 0.80" in capsys.readouterr().out
+    found = read(tmp_path / "correlate.json")
+    assert found["spearman"]["value"] == pytest.approx(0.8)
+    # Of 24 orders, 1 has 1, 3 have 0.8, and as many their opposites.
+    assert found["spearman"]["p_value"] == pytest.approx(8 / 24)
+    assert (tmp_path / "correlate.png").is_file()
+    (tmp_path / "scores.json").write_text(json.dumps({**scores, "e": 0.5}))
+    assert main([*flags, "--metrics", f"{tmp_path / 'run'}:toy"]) == 2
+    assert "has no figure of 'e'" in capsys.readouterr().err
+    assert main([*flags, "--metrics", f"{tmp_path / 'run'}:pope"]) == 2
+    assert "has no scores of 'pope'; it has 'toy'" in capsys.readouterr().err
+
+
+def test_scores_of_two_views_are_not_compared(
+    models: dict[str, Path], data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ima("score", models, data_dir, tmp_path) == 0
+    (tmp_path / "m.json").write_text('{"mlp": 1, "vlora": 2}')
+    flags = ["--scores", str(tmp_path / "score.json"), "--metrics", str(tmp_path / "m.json")]
+    assert main(["ima", "correlate", *flags, "--out", str(tmp_path)]) == 2
+    assert (
+        "the views 'counterfactual', 'tokens', which cannot be compared" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--layers", "one"], "--layers one: give numbers"),
+        (["--layers", "9"], "There is no block 9"),
+        (["--points", "y"], "no state 'y'"),
+        (["--text", "all"], "no text 'all'"),
+        (["--set", "pop"], "no benchmark 'pop'"),
+        (["--sim", "best"], "no similarity 'best'"),
+    ],
+)
+def test_mistakes_are_named(
+    more: list[str],
+    message: str,
+    models: dict[str, Path],
+    data_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert ima("sim", models, data_dir, tmp_path, *more, only="mlp") == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
