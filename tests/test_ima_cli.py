@@ -11,12 +11,16 @@ import pytest
 from llava_vlora.cli import main
 from llava_vlora.ima.curves import feed
 from llava_vlora.ima.data import from_file
+from llava_vlora.ima.masks import MaskSet
 from llava_vlora.ima.norms import TokenNorms
+from llava_vlora.ima.overlap import mask_iou
 from llava_vlora.ima.preparing import prepare
 from llava_vlora.ima.states import collect
 from llava_vlora.ima.store import StateStore
 from llava_vlora.integration.api import load
+from tests.test_benchmarks import make_pope
 from tests.test_compare import write_scores
+from tests.test_evaluation import paint
 from tests.two_stacks import train_all, trained
 
 
@@ -147,3 +151,131 @@ def test_mistakes_are_named(
     assert ima("sim", models, data_dir, tmp_path, *more, only="mlp") == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+# --- masks, skipping, ablations --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def masks(
+    models: dict[str, Path], data_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    out = tmp_path_factory.mktemp("masks")
+    for tokens in ("P", "T"):
+        assert ima("wanda", models, data_dir, out, "--tokens", tokens, only="mlp") == 0
+    flags = ["--measure", "magnitude", "--sparsity", 0.3]
+    assert ima("wanda", models, data_dir, out, *flags, only="mlp") == 0
+    return out
+
+
+def mask(masks: Path, name: str) -> Path:
+    return masks / f"mlp-finetune-{name}.safetensors"
+
+
+def test_masks_their_overlap_and_their_subnetwork(masks: Path, tmp_path: Path) -> None:
+    files = [str(mask(masks, "wanda-P")), str(mask(masks, "wanda-T"))]
+    assert MaskSet.load(files[0]).sparsity == pytest.approx(0.5)
+    assert MaskSet.load(mask(masks, "magnitude-all")).sparsity == pytest.approx(0.3, abs=0.01)
+    assert main(["ima", "iou", *files, "--out", str(tmp_path)]) == 0
+    found = read(tmp_path / "iou.json")["models"]["overlaps"]
+    (only,) = found.values()
+    expected = mask_iou(MaskSet.load(files[0]), MaskSet.load(files[1]))
+    assert only["mean"]["iou"] == pytest.approx(expected.mean.iou)
+    assert only["mean"]["chance"] == pytest.approx(1 / 3, abs=1e-3)
+    assert (tmp_path / "iou.png").is_file()
+    assert main(["ima", "subnet", *files, "--out", str(tmp_path)]) == 0
+    subnet = read(tmp_path / "subnet.json")["models"]
+    assert subnet["sparsity"] == pytest.approx(
+        MaskSet.load(tmp_path / "subnet.safetensors").sparsity
+    )
+    assert 0.5 <= subnet["sparsity"] <= subnet["independent_sparsity"] + 0.02
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("scenes")
+    make_pope(root)
+    paint(root)
+    return root
+
+
+def changed(verb: str, models: dict[str, Path], scenes: Path, out: Path, *more: object) -> int:
+    words = ["ima", verb, "--model", f"mlp={models['mlp']}", "--benchmarks", "pope"]
+    words += ["--data", scenes, "--device", "cpu", "--out", out]
+    return main([*map(str, words), *map(str, more)])
+
+
+def test_benchmarks_of_pruned_models(
+    masks: Path, models: dict[str, Path], scenes: Path, tmp_path: Path
+) -> None:
+    flags = ["--mask", mask(masks, "wanda-P"), "--mask", mask(masks, "magnitude-all")]
+    assert changed("prune-eval", models, scenes, tmp_path, *flags) == 0
+    found = read(tmp_path / "prune-eval.json")["models"]
+    assert [one["name"] for one in found] == [
+        "dense",
+        "mlp-finetune-wanda-P",
+        "mlp-finetune-magnitude-all",
+    ]
+    assert [one["sparsity"] for one in found] == pytest.approx([0, 0.5, 0.3], abs=0.01)
+    assert all("F1" in one["metrics"]["pope"] for one in found)
+
+
+def test_benchmarks_with_computation_skipped(
+    models: dict[str, Path], scenes: Path, tmp_path: Path
+) -> None:
+    assert changed("skip-eval", models, scenes, tmp_path, "--ratios", "0.5,1", "--start", 2) == 0
+    dense, half, none = read(tmp_path / "skip-eval.json")["models"]
+    assert dense["plan"] is None
+    assert (half["plan"]["ratio"], half["plan"]["start"]) == (0.5, 2)
+    costs = [one["flops"]["pope"] for one in (dense, half, none)]
+    assert costs[0] > costs[1] > costs[2]
+    saved = [costs[0] - c for c in costs[1:]]
+    assert saved[1] == pytest.approx(2 * saved[0])
+
+
+def test_ablations_of_a_vlora_model(
+    models: dict[str, Path], data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ima("ablate", models, data_dir, tmp_path, "--instead", "mean image", only="vlora") == 0
+    found = read(tmp_path / "ablate.json")["models"]["vlora"]["finetune"]
+    assert found["rows"][0]["group"] == "whole"
+    assert found["rows"][0]["drop"] == 0
+    assert found["reference"] == "mean image"
+    assert (tmp_path / "ablate-vlora.png").is_file()
+    assert ima("ablate", models, data_dir, tmp_path, only="mlp") == 2
+    assert "perceptual weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("verb", "more", "message"),
+    [
+        ("wanda", ["--measure", "best"], "no measure 'best'"),
+        ("wanda", ["--sparsity", "2"], "2"),
+        ("wanda", ["--measure", "random", "--sequential"], "--sequential is a way of Wanda"),
+        ("wanda", ["--tokens", "V"], "no kind of tokens"),
+        ("ablate", ["--instead", "noise"], "no reference 'noise'"),
+    ],
+)
+def test_mistakes_about_weights_are_named(
+    verb: str,
+    more: list[str],
+    message: str,
+    models: dict[str, Path],
+    data_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    only = "vlora" if verb == "ablate" else "mlp"
+    assert ima(verb, models, data_dir, tmp_path, *more, only=only) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_for_no_tokens_is_named(
+    models: dict[str, Path], scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vlora = {"mlp": models["vlora"]}
+    assert changed("skip-eval", vlora, scenes, tmp_path) == 2
+    assert "no perceptual tokens to skip" in capsys.readouterr().err
+    assert changed("skip-eval", models, scenes, tmp_path, "--ratios", "half") == 2
+    assert "--ratios half: give numbers" in capsys.readouterr().err

@@ -9,6 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import chosen_device, positive
+from .ima_weights import (
+    add_evaluations,
+    add_mask_arguments,
+    add_of_masks,
+    evaluate,
+    numbers,
+    of_masks,
+    write_masks,
+)
 
 if TYPE_CHECKING:
     from ..ima.data import Examples
@@ -18,6 +27,8 @@ _EPILOG = """\
   llava-vlora ima score --model llava=checkpoints/my-llava --set pope --limit 200 --out runs/ima
   llava-vlora ima norms --model vlora=checkpoints/my-vlora --set finetune.json:images --points x,fc2
   llava-vlora ima correlate --scores runs/ima/score.json --metrics runs/x:pope
+  llava-vlora ima wanda --model llava=checkpoints/my-llava --set pope --tokens P --sparsity 0.5
+  llava-vlora ima skip-eval --model llava=checkpoints/my-llava --benchmarks pope --kind ffn --ratios 0.5,1
 
 A VLoRA model has no visual tokens: what takes their place is the change that the image makes to each textual token
 (the counterfactual view), and every result says so. Scores of two views cannot be compared.
@@ -30,6 +41,8 @@ _VERBS = {
     "vocab": "distributions over the vocabulary by the model's own head",
     "tsne": "examples in the plane",
     "score": "the IMA score with an interval over images",
+    "wanda": "masks of the weights that tokens of a kind need",
+    "ablate": "which blocks and weight types of a VLoRA model carry the image",
 }
 _LABELS = {
     "norms": "Median norm of a token",
@@ -67,10 +80,20 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         if name == "tsne":
             own.add_argument("--method", default="tsne", help="tsne (default) or pca")
             own.add_argument("--block", type=int, help="default: the last")
+        if name == "wanda":
+            add_mask_arguments(own)
+        if name == "ablate":
+            own.add_argument(
+                "--instead",
+                default="nothing",
+                help="of what is removed: nothing (default) or 'mean image'",
+            )
         if name == "collect":
             own.add_argument("--dtype", default="bfloat16", help="default: bfloat16")
             own.add_argument("--max-tokens", type=positive, help="of each kind (default: all)")
     _add_correlate(verbs)
+    add_of_masks(verbs)
+    add_evaluations(verbs)
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
@@ -124,6 +147,10 @@ def run(args: argparse.Namespace) -> int:
 
         print(correlate_files(args.scores, args.metrics, args.out, seed=args.seed))
         return 0
+    if args.what in ("iou", "subnet"):
+        return of_masks(args)
+    if args.what in ("prune-eval", "skip-eval"):
+        return evaluate(args)
     return _analyse(args)
 
 
@@ -151,7 +178,10 @@ def _analyse(args: argparse.Namespace) -> int:
                 device=str(chosen_device(args.device)),
                 advance=partial(progress.advance, task),
             ) as one:
-                if args.what == "collect":
+                if args.what == "wanda":
+                    for file in write_masks(one, args).values():
+                        console.print(f"Written: {file}", soft_wrap=True, markup=False)
+                elif args.what == "collect":
                     for stored in store(
                         one, args.out, dtype=args.dtype, max_tokens=args.max_tokens
                     ).values():
@@ -175,32 +205,28 @@ def _call(args: argparse.Namespace) -> Callable[[Run], Found]:
     }
     if args.what == "tsne":
         return lambda one: runs.plane(one, method=args.method, layer=args.block)
+    if args.what == "ablate":
+        from ..ima.weight_runs import ablate
+
+        return lambda one: ablate(one, instead=args.instead)
     if args.what == "score":
         return lambda one: runs.score(one, perceptual_layer=args.perceptual_layer)
     return simple[args.what]
 
 
 def _options(args: argparse.Namespace) -> Options:
-    from ..errors import ConfigError
     from ..ima.runs import Options
 
-    def numbers(flag: str, text: str | None) -> tuple[int, ...] | None:
-        try:
-            return None if text is None else tuple(int(part) for part in text.split(","))
-        except ValueError:
-            raise ConfigError(
-                f"{flag} {text}: give numbers with commas between, such as 0,8,16."
-            ) from None
-
+    layers = None if args.layers is None else numbers("--layers", args.layers, int)
     return Options(
         text=args.text,
         conv_mode=args.conv_mode,
         batch_size=args.batch_size,
         points=tuple(args.points.split(",")),
-        layers=numbers("--layers", args.layers),
+        layers=layers,
         sim=getattr(args, "sim", "median"),
         pairs=getattr(args, "pairs", "matched"),
-        steps=numbers("--steps", getattr(args, "steps", None)) or (1,),
+        steps=numbers("--steps", getattr(args, "steps", "1"), int),
         seed=args.seed,
     )
 

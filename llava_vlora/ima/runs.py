@@ -17,6 +17,7 @@ from .counterfactual import differences
 from .curves import Curve, feed
 from .data import Examples
 from .embedding import Embedding, embed_2d
+from .layout import Batch
 from .norms import TokenNorms
 from .pairs import intra_similarity
 from .plots import curve_plot, embedding_plot
@@ -65,20 +66,23 @@ class Run:
     def states(self, name: str) -> Iterator[Example]:
         """The states of one data set, in constant memory."""
         options = self.options
-        batches = prepare(
+        read = differences if self.view == "counterfactual" else collect
+        yield from read(
+            self.loaded.model, self.batches(name), points=options.points, layers=options.layers
+        )
+
+    def batches(self, name: str) -> Iterator[Batch]:
+        """One data set as the model reads it."""
+        options = self.options
+        for batch in prepare(
             self.loaded,
             self.data[name],
             text=options.text,
             conv_mode=options.conv_mode,
             batch_size=options.batch_size,
-        )
-        read = differences if self.view == "counterfactual" else collect
-        found: Iterator[Example] = iter(
-            read(self.loaded.model, batches, points=options.points, layers=options.layers)
-        )
-        for example in found:
-            yield example
-            self.advance(1)
+        ):
+            yield batch
+            self.advance(len(batch))
 
     def again(self, name: str) -> Sequence[Example]:
         """The same in memory, for what compares all examples with all."""

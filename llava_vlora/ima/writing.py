@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from .. import provenance
 from ..evaluation.files import write_json
@@ -26,16 +25,8 @@ def write_found(
         label: Of the figure's axis.
         options: How examples were read.
     """
-    stated = {
-        "what": what,
-        "models": {name: one.values for name, one in found.items()},
-        "options": asdict(options),
-        "command": shlex.join(sys.argv),
-        "versions": provenance.versions(),
-        "commit": provenance.commit(),
-    }
-    file = folder / f"{what}.json"
-    write_json(file, stated)
+    values = {name: one.values for name, one in found.items()}
+    file = write_values(folder, what, values, options=asdict(options))
     figures = {name: one.figure for name, one in found.items() if one.figure is not None}
     together = curves_figure(found, label, log=what == "norms")
     if together is not None:
@@ -49,3 +40,18 @@ def write_found(
         save(figure, path)
         yield f"Written: {path}"
     yield f"Written: {file}"
+
+
+def write_values(folder: Path, what: str, models: Any, **more: Any) -> Path:
+    """Write ``<what>.json``: values, and the command, versions and commit that made them."""
+    stated = {
+        "what": what,
+        "models": models,
+        **more,
+        "command": provenance.command(),
+        "versions": provenance.versions(),
+        "commit": provenance.commit(),
+    }
+    file = folder / f"{what}.json"
+    write_json(file, stated)
+    return file
