@@ -7,18 +7,16 @@ from itertools import cycle
 
 from matplotlib.figure import Figure
 
-from ..report.plots import GRID, new_figure
+from ..report.plots import GRID, PALETTE, new_figure
 from .analysis import Comparison
 
-#: Okabe and Ito, told apart by colour-blind readers too; blind rows are grey.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _BLIND = ("#999999", "#bbbbbb", "#777777")
 
 
 def colors(comparison: Comparison) -> dict[str, str]:
     """A colour for each row."""
     blind = set(comparison["blind"])
-    seeing, others = cycle(_COLORS), cycle(_BLIND)
+    seeing, others = cycle(PALETTE), cycle(_BLIND)
     return {label: next(others if label in blind else seeing) for label in comparison["rows"]}
 
 

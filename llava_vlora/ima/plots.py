@@ -10,13 +10,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..errors import IMAError
-from ..report.plots import GRID, new_figure
+from ..report.plots import GRID, PALETTE, new_figure
 from .correlation import Correlation
 from .curves import Curve
 from .embedding import Embedding
 
-#: Okabe and Ito, told apart by colour-blind readers too.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = ("o", "^", "s", "D")
 _INK = "#1f2933"
 
@@ -38,7 +36,7 @@ def curve_plot(
     if not curves:
         raise IMAError("There is no curve to draw.")
     figure, (axes,) = new_figure(7.2, 3.8, 1)
-    for (name, curve), color in zip(curves.items(), cycle(_COLORS), strict=False):
+    for (name, curve), color in zip(curves.items(), cycle(PALETTE), strict=False):
         alone = "o" if len(curve.layers) == 1 else None
         axes.plot(curve.layers, curve.mean, color=color, label=name, lw=1.6, marker=alone)
         if curve.std is not None:
@@ -74,7 +72,7 @@ def embedding_plot(embedding: Embedding, *, lines: bool = True) -> Figure:
             places.setdefault(pair, []).append(i)
         for at in places.values():
             axes.plot(x[at], y[at], color=GRID, lw=0.8, zorder=1)
-    for name, color in zip(sets, cycle(_COLORS), strict=False):
+    for name, color in zip(sets, cycle(PALETTE), strict=False):
         for kind, marker in zip(kinds, cycle(_MARKERS), strict=False):
             chosen = [i for i, group in enumerate(groups) if group == (name, kind)]
             axes.scatter(
@@ -112,7 +110,7 @@ def score_plot(
     """A metric against a score, each point named, with the correlation above."""
     figure, (axes,) = new_figure(5.6, 4.4, 1)
     for name in found.names:
-        axes.plot(scores[name], metrics[name], "o", color=_COLORS[0], markersize=7)
+        axes.plot(scores[name], metrics[name], "o", color=PALETTE[0], markersize=7)
         axes.annotate(
             name,
             (scores[name], metrics[name]),

@@ -8,10 +8,7 @@ from itertools import cycle
 
 from matplotlib.figure import Figure
 
-from ..report.plots import new_figure
-
-#: Okabe and Ito, told apart by colour-blind readers too.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+from ..report.plots import PALETTE, new_figure
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ def tradeoff_plot(points: Sequence[Tradeoff], metric: str = "Accuracy, %") -> Fi
         metric: What the accuracy is.
     """
     figure, (axes,) = new_figure(7.5, 4.5, 1)
-    for series, color in zip(dict.fromkeys(p.series for p in points), cycle(_COLORS), strict=False):
+    for series, color in zip(dict.fromkeys(p.series for p in points), cycle(PALETTE), strict=False):
         own = [p for p in points if p.series == series]
         x, y = [p.flops / 1e12 for p in own], [p.accuracy for p in own]
         axes.plot(x, y, "o-", color=color, label=series, markersize=6)

@@ -10,14 +10,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..errors import IMAError
-from ..report.plots import COLORS, new_figure
+from ..report.plots import COLORS, PALETTE, new_figure
 from .ablation import AblationResult, Row
 from .basis import BasisResult
 from .states import POINTS
 from .views import Measured, same_view
 
 #: Colours of Okabe and Ito for weight types and states, in the order in which these are drawn.
-_PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#1f2933", "#999999")
+_EIGHT = (*PALETTE, "#1f2933", "#999999")
 _INK = "#1f2933"
 _REFERENCES = {"nothing": COLORS["vlora"], "mean image": COLORS["llava"]}
 _GROUPS = {
@@ -42,7 +42,7 @@ def curves(measured: Sequence[Measured]) -> Figure:
     places = list(dict.fromkeys(cell.place for one in measured for cell in one.cells))
     for axes, one in zip(panels, measured, strict=True):
         for place in dict.fromkeys(cell.place for cell in one.cells):
-            color = _PALETTE[places.index(place) % len(_PALETTE)]
+            color = _EIGHT[places.index(place) % len(_EIGHT)]
             cells = [cell for cell in one.cells if cell.place == place]
             blocks, means = [c.block for c in cells], [c.mean for c in cells]
             spread = [c.std or 0.0 for c in cells]
@@ -113,7 +113,7 @@ def spectra(result: BasisResult) -> Figure:
         if axes is not panels[0]:
             axes.sharey(panels[0])
         for spectrum in (s for s in result.spectra if s.block == block):
-            color = _PALETTE[places.index(spectrum.place) % len(_PALETTE)]
+            color = _EIGHT[places.index(spectrum.place) % len(_EIGHT)]
             ranks = range(1, len(spectrum.values) + 1)
             axes.plot(ranks, spectrum.values, color=color, label=spectrum.place, lw=1.4)
         axes.set_yscale("log")
@@ -174,7 +174,7 @@ def _bars(
     height: float,
     result: AblationResult,
 ) -> None:
-    color = _REFERENCES.get(result.reference, _PALETTE[-1])
+    color = _REFERENCES.get(result.reference, _EIGHT[-1])
     label = f"{result.reference} in place of what is removed"
     drops = [row.drop for row in rows]
     panels[0].barh(places, drops, height, color=color, label=label)

@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from .collect import Report
 
 #: Colours of Okabe and Ito, told apart by colour-blind readers too.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 COLORS = {"llava": "#0072B2", "vlora": "#D55E00", "blind": "#999999"}
 NAMES = {"llava": "LLaVA", "vlora": "VLoRA", "blind": "Blind (LLaVA without the image)"}
 _INK, GRID = "#1f2933", "#e4e7eb"
