@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def test_norms_are_those_of_the_library(
     assert found["count"] == 4
     views = {c["of"]["view"] for c in written["models"]["vlora"]["finetune"]}
     assert views == {"counterfactual"}
-    assert (tmp_path / "norms.png").stat().st_size > 10_000
+    assert (tmp_path / "norms-tokens.png").stat().st_size > 10_000
     assert "mlp, finetune: P: mean" in capsys.readouterr().out
     assert written["options"]["points"] == ["x", "fc2"]
 
@@ -73,7 +74,9 @@ def test_every_analysis_has_a_file_and_a_figure(
 ) -> None:
     assert ima(verb[0], models, data_dir, tmp_path, *verb[1:]) == 0
     assert set(read(tmp_path / f"{verb[0]}.json")["models"]) == {"mlp", "vlora"}
-    assert (tmp_path / f"{verb[0]}.png").is_file()
+    # One figure a view: they are not compared.
+    names = {f"{verb[0]}-{view}.png" for view in ("tokens", "counterfactual")}
+    assert {file.name for file in tmp_path.glob("*.png")} == names
 
 
 def test_examples_in_the_plane(models: dict[str, Path], data_dir: Path, tmp_path: Path) -> None:
@@ -105,7 +108,7 @@ def test_correlation_of_a_score_and_a_benchmark(
     flags = ["ima", "correlate", "--scores", str(tmp_path / "scores.json"), "--out", str(tmp_path)]
     assert main([*flags, "--metrics", f"{tmp_path / 'run'}:toy"]) == 0
     assert "4 models, toy, accuracy: Pearson 0.80" in capsys.readouterr().out
-    found = read(tmp_path / "correlate.json")
+    found = read(tmp_path / "correlate.json")["models"]
     assert found["spearman"]["value"] == pytest.approx(0.8)
     # Of 24 orders, 1 has 1, 3 have 0.8, and as many their opposites.
     assert found["spearman"]["p_value"] == pytest.approx(8 / 24)
@@ -279,3 +282,35 @@ def test_a_plan_for_no_tokens_is_named(
     assert "no perceptual tokens to skip" in capsys.readouterr().err
     assert changed("skip-eval", models, scenes, tmp_path, "--ratios", "half") == 2
     assert "--ratios half: give numbers" in capsys.readouterr().err
+
+
+# --- the page --------------------------------------------------------------------------------------
+
+
+def test_one_page_of_all_analyses(
+    masks: Path,
+    models: dict[str, Path],
+    scenes: Path,
+    data_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for verb in ("score", "norms", "vocab"):
+        assert ima(verb, models, data_dir, tmp_path) == 0
+    assert ima("ablate", models, data_dir, tmp_path, only="vlora") == 0
+    files = [str(mask(masks, f"wanda-{tokens}")) for tokens in "PT"]
+    for verb in ("iou", "subnet"):
+        assert main(["ima", verb, *files, "--out", str(tmp_path)]) == 0
+    assert changed("prune-eval", models, scenes, tmp_path, "--mask", files[0]) == 0
+    assert changed("skip-eval", models, scenes, tmp_path) == 0
+    assert main(["ima", "report", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert set(re.findall(r'(?:src|href)="([^"]{0,22})', page)) == {"data:image/png;base64,"}
+    assert "http" not in page
+    score = read(tmp_path / "score.json")["models"]["mlp"]["all"]["whole"]["score"]
+    assert f"{score:.3f}" in page
+    assert "Scores of different views cannot be compared." in page
+    assert "independent masks would give" in page
+    assert page.count("<h2>") == 9
+    assert main(["ima", "report", str(masks)]) == 2
+    assert "has no analysis" in capsys.readouterr().err

@@ -93,6 +93,9 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
             own.add_argument("--max-tokens", type=positive, help="of each kind (default: all)")
     _add_correlate(verbs)
     add_of_masks(verbs)
+    text = "one page of what is in a folder"
+    page = verbs.add_parser("report", help=text, description=f"{text.capitalize()}.")
+    page.add_argument("out", type=Path, metavar="FOLDER", help="what was --out of the others")
     add_evaluations(verbs)
 
 
@@ -146,6 +149,11 @@ def run(args: argparse.Namespace) -> int:
         from ..ima.correlating import correlate_files
 
         print(correlate_files(args.scores, args.metrics, args.out, seed=args.seed))
+        return 0
+    if args.what == "report":
+        from ..ima.page import build
+
+        print(f"Report: {build(args.out)}")
         return 0
     if args.what in ("iou", "subnet"):
         return of_masks(args)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from ..comparison.results import read_results
 from ..errors import DataError, IMAError, listing
-from ..evaluation.files import read_json, write_json
+from ..evaluation.files import read_json
 from ..report.plots import save
 from .correlation import correlate
 from .plots import score_plot
+from .writing import write_values
 
 
 def correlate_files(scores: Path, metrics: str, out: Path, *, seed: int = 0) -> str:
@@ -32,7 +33,7 @@ def correlate_files(scores: Path, metrics: str, out: Path, *, seed: int = 0) -> 
     if lost:
         raise DataError(f"{metrics} has no figure of {listing(lost)}.")
     found = correlate(own, shared, seed=seed)
-    write_json(out / "correlate.json", {"metric": name, **asdict(found)})
+    write_values(out, "correlate", {"metric": name, **asdict(found)})
     save(score_plot(own, shared, found, metric=name), out / "correlate.png")
     low, high = found.spearman.leave_one_out.low, found.spearman.leave_one_out.high
     return (

@@ -51,7 +51,8 @@ def curve_plot(
     axes.set_ylabel(label)
     if log:
         axes.set_yscale("log")
-    figure.legend(loc="outside upper center", ncols=min(4, len(curves)), frameon=False)
+    columns = max(1, min(4, len(curves), 72 // max(map(len, curves))))
+    figure.legend(loc="outside upper center", ncols=columns, frameon=False)
     return figure
 
 

@@ -271,10 +271,15 @@ def store(run: Run, folder: Path, *, dtype: str, max_tokens: int | None) -> dict
     }
 
 
-def curves_figure(found: Mapping[str, Found], label: str, *, log: bool = False) -> Figure | None:
-    """The curves of all models in one figure."""
-    curves = {name: curve for one in found.values() for name, curve in one.curves.items()}
-    return curve_plot(curves, label=label, log=log) if curves else None
+def curves_figures(
+    found: Mapping[str, Found], label: str, *, log: bool = False
+) -> dict[str, Figure]:
+    """By view, the curves of all models in one figure: what two views give is never side by side."""
+    views: dict[str, dict[str, Curve]] = {}
+    for one in found.values():
+        for name, curve in one.curves.items():
+            views.setdefault(str(curve.of["view"]), {})[name] = curve
+    return {view: curve_plot(curves, label=label, log=log) for view, curves in views.items()}
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 from .. import provenance
 from ..evaluation.files import write_json
 from ..report.plots import save
-from .runs import Found, Options, curves_figure
+from .runs import Found, Options, curves_figures
 
 
 def write_found(
@@ -28,15 +28,13 @@ def write_found(
     values = {name: one.values for name, one in found.items()}
     file = write_values(folder, what, values, options=asdict(options))
     figures = {name: one.figure for name, one in found.items() if one.figure is not None}
-    together = curves_figure(found, label, log=what == "norms")
-    if together is not None:
-        figures[""] = together
+    figures |= curves_figures(found, label, log=what == "norms")
     for one in found.values():
         for name, curve in one.curves.items():
             ends = f"{curve.mean[0]:.3f} to {curve.mean[-1]:.3f}"
             yield f"{name}: mean {curve.average:.3f} over blocks {curve.layers[0]} to {curve.layers[-1]} ({ends})"
     for name, figure in figures.items():
-        path = folder / f"{what}{f'-{name}' if name else ''}.png"
+        path = folder / f"{what}-{name}.png"
         save(figure, path)
         yield f"Written: {path}"
     yield f"Written: {file}"
