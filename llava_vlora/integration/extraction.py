@@ -10,8 +10,8 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -229,15 +229,17 @@ def extract(
         blank = torch.zeros(1, 3, side, side)  # as LLaVA's data set gives it: black is not 0 here
         _append(tower, [Stored(None, "", 0, 0, "")], blank, writer, dtype)
     data = _Images(str(options.folder), names, tower.image_processor, recipe)
-    for entries, pixels, faults in _batches(data, options):
-        if pixels is not None:
-            _append(tower, entries, pixels, writer, dtype)
-        broken.update(faults)
-        advance(len(entries), faults)
+    # Closed here, also by an interrupt: left to the interpreter's end, the readers would be ended at some other moment.
+    with closing(_batches(data, options)) as batches:
+        for entries, pixels, faults in batches:
+            if pixels is not None:
+                _append(tower, entries, pixels, writer, dtype)
+            broken.update(faults)
+            advance(len(entries), faults)
     return broken
 
 
-def _batches(data: _Images, options: Options) -> Iterator[Any]:
+def _batches(data: _Images, options: Options) -> Generator[Any, None, None]:
     if not len(data):
         return
     with ExitStack() as stack:
