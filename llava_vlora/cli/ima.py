@@ -166,7 +166,7 @@ def _analyse(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from ..demo.process import progress_bar
-    from ..ima.runs import opened, store
+    from ..ima.runs import open_run, store
     from ..ima.writing import write_found
     from .compare import pairs
 
@@ -177,7 +177,7 @@ def _analyse(args: argparse.Namespace) -> int:
         progress.disable = not console.is_terminal
         for name, path in models.items():
             task = progress.add_task(name, total=sum(len(examples) for examples in data.values()))
-            with opened(
+            one = open_run(
                 name,
                 path,
                 args.model_base,
@@ -185,17 +185,17 @@ def _analyse(args: argparse.Namespace) -> int:
                 options,
                 device=str(chosen_device(args.device)),
                 advance=partial(progress.advance, task),
-            ) as one:
-                if args.what == "wanda":
-                    for file in write_masks(one, args).values():
-                        console.print(f"Written: {file}", soft_wrap=True, markup=False)
-                elif args.what == "collect":
-                    for stored in store(
-                        one, args.out, dtype=args.dtype, max_tokens=args.max_tokens
-                    ).values():
-                        console.print(f"Written: {stored.folder}", soft_wrap=True, markup=False)
-                else:
-                    found[name] = _call(args)(one)
+            )
+            if args.what == "wanda":
+                for file in write_masks(one, args).values():
+                    console.print(f"Written: {file}", soft_wrap=True, markup=False)
+            elif args.what == "collect":
+                for stored in store(
+                    one, args.out, dtype=args.dtype, max_tokens=args.max_tokens
+                ).values():
+                    console.print(f"Written: {stored.folder}", soft_wrap=True, markup=False)
+            else:
+                found[name] = _call(args)(one)
     if found:
         for line in write_found(args.out, args.what, found, _LABELS.get(args.what, ""), options):
             console.print(line, soft_wrap=True, markup=False)

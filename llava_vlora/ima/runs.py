@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,12 @@ from .data import Examples
 from .embedding import Embedding, embed_2d
 from .layout import Batch
 from .norms import TokenNorms
-from .pairs import intra_similarity
+from .pairs import cross_similarity, intra_similarity
 from .plots import curve_plot, embedding_plot
 from .preparing import Text, prepare
 from .score import ima_score
 from .self_similarity import SelfSimilarity
-from .similarity import VECTOR_SIMS, Clusters, MatchedSimilarity, Sim, VectorPairs
+from .similarity import VECTOR_SIMS, Clusters, MatchedSimilarity, Sim, VectorPairs, check_sim
 from .states import Example, collect
 from .store import StateStore, write_store
 from .vocabulary import Vocabulary
@@ -145,20 +144,24 @@ def cross_modal(run: Run) -> Found:
     """Similarity of perceptual and textual tokens, and of each kind between two halves of a data set."""
     values, curves = dict[str, Any](), dict[str, Curve]()
     options = run.options
+    check_sim(options.sim, options.pairs)
     for name in run.data:
-        found: list[Curve] = []
-        for point in options.points:
-            layers = _inner(run, point)
-            if options.pairs == "matched":
-                matched = MatchedSimilarity(sim=options.sim, point=point, layers=layers)
-                feed(run.states(name), matched)
-                found.append(matched.result())
-            elif options.sim in VECTOR_SIMS:
-                vectors = VectorPairs(sim=options.sim, point=point, layers=layers)
-                feed(run.states(name), vectors)
-                found.append(vectors.result())
-            else:
-                found += _all_pairs(run, run.again(name), point, layers)
+        found: list[Curve]
+        if options.pairs == "all" and options.sim not in VECTOR_SIMS:
+            examples = run.again(name)
+            found = [
+                curve
+                for point in options.points
+                for curve in _all_pairs(run, examples, point, _inner(run, point))
+            ]
+        else:
+            kind = MatchedSimilarity if options.pairs == "matched" else VectorPairs
+            statistics = [
+                kind(sim=options.sim, point=point, layers=_inner(run, point))
+                for point in options.points
+            ]
+            feed(run.states(name), *statistics)
+            found = [statistic.result() for statistic in statistics]
         values[name] = [asdict(curve) for curve in found]
         curves |= {_title(name, curve, run): curve for curve in found}
     return Found(values, curves)
@@ -167,8 +170,6 @@ def cross_modal(run: Run) -> Found:
 def _all_pairs(
     run: Run, examples: Sequence[Example], point: str, layers: Sequence[int] | None
 ) -> list[Curve]:
-    from .pairs import cross_similarity
-
     sim, seed = run.options.sim, run.options.seed
     across = cross_similarity(examples, "P", examples, "T", sim, point=point, layers=layers)
     within = [
@@ -282,8 +283,7 @@ def curves_figures(
     return {view: curve_plot(curves, label=label, log=log) for view, curves in views.items()}
 
 
-@contextmanager
-def opened(
+def open_run(
     name: str,
     path: str,
     base: str | None,
@@ -292,7 +292,7 @@ def opened(
     *,
     device: str,
     advance: Callable[[int], object] = lambda count: None,
-) -> Iterator[Run]:
+) -> Run:
     """A model ready to be analysed."""
     loaded = api.load(path, base, device=device)
-    yield Run(name, loaded, fingerprint(path, base), data, options, advance)
+    return Run(name, loaded, fingerprint(path, base), data, options, advance)
