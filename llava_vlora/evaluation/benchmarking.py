@@ -88,8 +88,24 @@ class Evaluation:
         return self.label if self.see else f"{self.label}.blind"
 
 
+#: Questions of each benchmark.
+Asked = Mapping[Benchmark, Sequence[Sample]]
+
+
+def questions(evaluation: Evaluation) -> Asked:
+    """What is asked; tables of images are large, so models that are asked alike share it.
+
+    Raises:
+        DataError: A file is missing or damaged.
+    """
+    return {b: b.read(evaluation.data)[: evaluation.limit] for b in evaluation.benchmarks}
+
+
 def evaluate(
-    evaluation: Evaluation, console: Console, load: Callable[[], api.Loaded] | None = None
+    evaluation: Evaluation,
+    console: Console,
+    load: Callable[[], api.Loaded] | None = None,
+    asked: Asked | None = None,
 ) -> dict[str, Score]:
     """Answer and score; every file is read before the model is loaded, and it is loaded if questions are open.
 
@@ -97,6 +113,7 @@ def evaluate(
         evaluation: What to ask whom.
         console: For progress and the table of scores.
         load: Gives the model, where it is wanted for more than this.
+        asked: What :func:`questions` gives, where that was read before.
 
     Returns:
         Scores by benchmark, in the first of several processes.
@@ -105,7 +122,7 @@ def evaluate(
         VLoRAError: A file is missing or damaged, or an answer file is another model's.
     """
     place = join()
-    asked = {b: b.read(evaluation.data)[: evaluation.limit] for b in evaluation.benchmarks}
+    asked = questions(evaluation) if asked is None else asked
     require_writable(evaluation.out)
     with ExitStack() as stack:
         if place.rank == 0:
@@ -116,7 +133,7 @@ def evaluate(
 
 def _evaluate(
     evaluation: Evaluation,
-    asked: Mapping[Benchmark, Sequence[Sample]],
+    asked: Asked,
     place: Place,
     console: Console,
     load: Callable[[], api.Loaded] | None,

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -24,10 +24,18 @@ from ..comparison.disagreements import write_disagreements
 from ..comparison.results import PLAN, read_results
 from ..integration import api
 from .answering import generate
-from .benchmarking import Evaluation, evaluate, join, load_model
+from .benchmarking import (
+    Asked,
+    Evaluation,
+    evaluate,
+    join,
+    load_model,
+    questions,
+    weights_of,
+)
 from .cost import CONVENTION, answer_cost, language_shape, vision_shape
 from .files import read_json, require_writable, write_json
-from .fingerprint import fingerprint, run_key
+from .fingerprint import run_key
 from .measuring import measure_times, parameter_counts, sequence_length, text_length
 
 _REPEATS, _NEW_TOKENS = 5, 17
@@ -55,13 +63,14 @@ def compare(
     if place.rank == 0:
         require_writable(folder)
         write_json(folder / PLAN, _plan(evaluations, blind))
+    asked = questions(evaluations[0])
     for evaluation in evaluations:
         load = functools.cache(partial(load_model, evaluation))
-        evaluate(evaluation, console, load)
+        evaluate(evaluation, console, load, asked)
         if evaluation.name in blind:
-            evaluate(dataclasses.replace(evaluation, see=False), console, load)
+            evaluate(dataclasses.replace(evaluation, see=False), console, load, asked)
         if measure and place.rank == 0:
-            _measure(evaluation, load)
+            _measure(evaluation, asked, load)
         place.barrier()
         del load
         gc.collect()
@@ -70,8 +79,7 @@ def compare(
     if place.rank > 0:
         return None
     results = read_results(folder)
-    for benchmark in evaluations[0].benchmarks:
-        samples = benchmark.read(evaluations[0].data)
+    for benchmark, samples in asked.items():
         write_disagreements(results, benchmark.name, samples)
     comparison = build(folder)
     console.print(
@@ -91,12 +99,12 @@ def _plan(evaluations: Sequence[Evaluation], blind: Sequence[str]) -> dict[str, 
     }
 
 
-def _measure(evaluation: Evaluation, load: Any) -> None:
+def _measure(evaluation: Evaluation, asked: Asked, load: Callable[[], api.Loaded]) -> None:
     """Write what an answer of the model costs, unless that is known."""
     file = evaluation.out / f"{evaluation.name}.cost.json"
-    asked = [s for b in evaluation.benchmarks for s in b.read(evaluation.data)[: evaluation.limit]]
+    every = (sample for samples in asked.values() for sample in samples)
     seen = sorted(
-        (s for s in asked if s.image is not None), key=lambda s: (len(s.prompt), str(s.id))
+        (s for s in every if s.image is not None), key=lambda s: (len(s.prompt), str(s.id))
     )
     if not seen:
         return
@@ -107,7 +115,7 @@ def _measure(evaluation: Evaluation, load: Any) -> None:
         "prompt": chosen.prompt,
         "id": chosen.id,
     }
-    key = run_key(fingerprint(evaluation.model, evaluation.base), settings)
+    key = run_key(weights_of(evaluation), settings)
     if file.is_file() and read_json(file).get("run") == key:
         return
     loaded = load()

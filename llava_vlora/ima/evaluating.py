@@ -11,7 +11,14 @@ from functools import partial
 
 from rich.console import Console
 
-from ..evaluation.benchmarking import Evaluation, Variant, evaluate, load_model
+from ..evaluation.benchmarking import (
+    Asked,
+    Evaluation,
+    Variant,
+    evaluate,
+    load_model,
+    questions,
+)
 from ..integration.api import Loaded
 from .masks import MaskSet
 from .pruning import Delta, apply_mask
@@ -58,13 +65,13 @@ def evaluate_masks(
         VLoRAError: As of :func:`~llava_vlora.evaluation.benchmarking.evaluate`, or a mask is of another model.
     """
     load = functools.cache(load or partial(load_model, evaluation))
-    found = []
+    asked, found = questions(evaluation), []
     if dense:
-        metrics = _metrics(evaluation, console, load)
+        metrics = _metrics(evaluation, console, load, asked)
         found.append(PrunedScores("dense", None, 0.0, 0.0, metrics))
     for name, mask in masks.items():
         pruned = dataclasses.replace(evaluation, variant=variant(name, mask, delta))
-        metrics = _metrics(pruned, console, load)
+        metrics = _metrics(pruned, console, load, asked)
         found.append(PrunedScores(name, mask.digest, mask.sparsity, mask.model_sparsity, metrics))
     return found
 
@@ -79,7 +86,7 @@ def variant(name: str, mask: MaskSet, delta: Delta = "dense") -> Variant:
 
 
 def _metrics(
-    evaluation: Evaluation, console: Console, load: Callable[[], Loaded]
+    evaluation: Evaluation, console: Console, load: Callable[[], Loaded], asked: Asked
 ) -> dict[str, dict[str, float]]:
-    scores = evaluate(evaluation, console, load)
+    scores = evaluate(evaluation, console, load, asked)
     return {name: dict(score.metrics) for name, score in scores.items()}

@@ -14,7 +14,7 @@ from statistics import fmean
 from rich.console import Console
 
 from ..benchmarks.base import Sample
-from ..evaluation.benchmarking import Evaluation, Variant, evaluate, load_model
+from ..evaluation.benchmarking import Evaluation, Variant, evaluate, load_model, questions
 from ..evaluation.cost import answer_cost, language_shape, vision_shape
 from ..integration.api import Loaded, prompt_ids
 from ..placeholder import IMAGE_TOKEN_INDEX
@@ -67,13 +67,16 @@ def evaluate_plans(
         VLoRAError: As of :func:`~llava_vlora.evaluation.benchmarking.evaluate`, or a plan does not fit the model.
     """
     load = functools.cache(load or partial(load_model, evaluation))
-    asked = {b.name: b.read(evaluation.data)[: evaluation.limit] for b in evaluation.benchmarks}
+    asked = questions(evaluation)
+    by_name = {benchmark.name: samples for benchmark, samples in asked.items()}
     found = []
     for plan in (None, *plans):
         change = None if plan is None else variant(plan)
-        scores = evaluate(dataclasses.replace(evaluation, variant=change), console, load)
+        scores = evaluate(dataclasses.replace(evaluation, variant=change), console, load, asked)
         metrics = {name: dict(score.metrics) for name, score in scores.items()}
-        costs = {name: first_token_flops(load(), asked[name], plan, evaluation) for name in metrics}
+        costs = {
+            name: first_token_flops(load(), by_name[name], plan, evaluation) for name in metrics
+        }
         found.append(SkipScores(plan, metrics, costs))
     return found
 
