@@ -35,8 +35,12 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _fixed_seed() -> None:
+def _same_torch() -> Iterator[None]:
+    """Every test starts with the same random numbers and leaves torch as it was for the next one."""
     torch.manual_seed(0)
+    yield
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
 
 
 @pytest.fixture

@@ -98,6 +98,14 @@ def test_text_rows_are_the_same_with_and_without_an_image(loaded: Loaded) -> Non
     assert blind.weights is None
 
 
+def test_gradients_stay_on_for_who_asks(loaded: Loaded) -> None:
+    for _ in prepare(loaded, questions()):
+        assert torch.is_grad_enabled()
+    left = prepare(loaded, questions())  # not read to its end
+    next(left)
+    assert torch.is_grad_enabled()
+
+
 def test_several_images(loaded: Loaded) -> None:
     (first, second, _) = questions()
     both = Question("two", "What colour?", (first.images[0], second.images[0]), "red")

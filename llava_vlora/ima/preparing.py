@@ -66,8 +66,10 @@ def prepare(
     while chunk := list(islice(stream, batch_size)):
         rows = [_row(loaded, question, text, conv_mode, see, max_new_tokens) for question in chunk]
         images = [q.images if see else () for q in chunk]
+        # A yield inside no_grad() would switch gradients off for the caller, too.
         with torch.no_grad():
-            yield _batch(loaded, chunk, rows, images)
+            batch = _batch(loaded, chunk, rows, images)
+        yield batch
 
 
 @torch.no_grad()
