@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from llava_vlora.cli import main
+from llava_vlora.cli.compare import pairs
+from llava_vlora.errors import ConfigError
 from llava_vlora.ima.curves import feed
 from llava_vlora.ima.data import from_file
 from llava_vlora.ima.masks import MaskSet
@@ -118,6 +120,47 @@ def test_correlation_of_a_score_and_a_benchmark(
     assert "has no figure of 'e'" in capsys.readouterr().err
     assert main([*flags, "--metrics", f"{tmp_path / 'run'}:pope"]) == 2
     assert "has no scores of 'pope'; it has 'toy'" in capsys.readouterr().err
+
+
+def test_correlation_with_any_figure_of_a_benchmark(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "scores.json").write_text('{"a": 0.1, "b": 0.2, "c": 0.3, "d": 0.4}')
+    run = tmp_path / "run"
+    write_scores(run, {m: [1.0] * n + [0.0] * (5 - n) for n, m in enumerate("abcd")})
+    for n, name in enumerate("abcd"):
+        file = run / "toy" / f"{name}.score.json"
+        stated = read(file)
+        stated["metrics"]["yes"] = 50.0 - n
+        stated["breakdown"] = {"scene, F1": 10.0 + n**2}
+        file.write_text(json.dumps(stated))
+    flags = ["ima", "correlate", "--scores", str(tmp_path / "scores.json"), "--out", str(tmp_path)]
+    for metric, value in (("yes", -1), ("scene, F1", 0.958315)):
+        assert main([*flags, "--metrics", f"{run}:toy:{metric}"]) == 0
+        found = read(tmp_path / "correlate.json")["models"]
+        assert found["metric"] == f"toy, {metric}"
+        assert found["pearson"]["value"] == pytest.approx(value, abs=1e-6)
+    capsys.readouterr()
+    assert main([*flags, "--metrics", f"{run}:toy:F2"]) == 2
+    error = capsys.readouterr().err
+    assert "has no 'F2' of a on toy; there is 'scene, F1', 'accuracy', 'yes'" in error
+
+
+def test_a_star_gives_a_model_for_each_checkpoint(tmp_path: Path) -> None:
+    for step in (64, 128, 1024):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-note").touch()
+    found = pairs("--model", [f"run={tmp_path}/checkpoint-*", "b=elsewhere"])
+    assert found == {
+        **{f"run-{n}": str(tmp_path / f"checkpoint-{n}") for n in (64, 128, 1024)},
+        "b": "elsewhere",
+    }
+    for text, message in (
+        (f"run={tmp_path}/epoch-*", "no folder fits"),
+        (f"run={tmp_path}/*/checkpoint-*", "one \\* is read, in the last folder's name"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            pairs("--model", [text])
 
 
 def test_scores_of_two_views_are_not_compared(

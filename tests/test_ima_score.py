@@ -101,7 +101,7 @@ def test_whole_images_are_resampled(options: dict[str, str]) -> None:
     four = [replace(e, name=f"{e.name} {i}") for e in images for i in range(4)]
     clusters = {e.name: e.name.split()[0] for e in four}
     once = ima_score({"s": images}, **options).whole  # type: ignore[arg-type]
-    asked = ima_score({"s": four}, clusters=clusters, **options).whole  # type: ignore[arg-type]
+    asked = ima_score({"s": four}, clusters={"s": clusters}, **options).whole  # type: ignore[arg-type]
     alone = ima_score({"s": four}, **options).whole  # type: ignore[arg-type]
     assert once.score == pytest.approx(asked.score) == pytest.approx(alone.score)
     assert once.interval is not None
@@ -112,7 +112,14 @@ def test_whole_images_are_resampled(options: dict[str, str]) -> None:
     width = alone.interval.high - alone.interval.low
     assert width < 0.7 * (once.interval.high - once.interval.low)
     with pytest.raises(IMAError, match="clusters lack example e0 0"):
-        ima_score({"s": four}, clusters={}, **options)  # type: ignore[arg-type]
+        ima_score({"s": four}, clusters={"s": {}}, **options)  # type: ignore[arg-type]
+    # Equal names in two data sets are different examples.
+    other = dict.fromkeys(clusters, "one image")
+    both = ima_score({"s": four, "t": four}, clusters={"s": clusters, "t": other}, **options)  # type: ignore[arg-type]
+    assert both.data_sets["s"].interval == asked.interval
+    assert both.data_sets["t"].interval is None
+    with pytest.raises(IMAError, match="clusters lack the data set t; there are 's'"):
+        ima_score({"s": four, "t": four}, clusters={"s": clusters}, **options)  # type: ignore[arg-type]
 
 
 def test_mistakes_are_named() -> None:

@@ -32,7 +32,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         action="append",
         required=True,
         metavar="NAME=FOLDER",
-        help="a model, once for each; the first is the one that the others are compared with",
+        help="a model, once for each; the first is the one that the others are compared with. "
+        "'run=x/checkpoint-*' gives run-64, run-128, ...",
     )
     parser.add_argument(
         "--model-base",
@@ -70,26 +71,47 @@ def run(args: argparse.Namespace) -> int:
 
 
 def pairs(flag: str, given: Sequence[str]) -> dict[str, str]:
-    """Name and folder of each ``NAME=FOLDER``.
+    """Name and folder of each ``NAME=FOLDER``; a ``*`` in a folder's name gives a model for each that fits.
 
     Raises:
-        ConfigError: One is written otherwise, or a name stands twice.
+        ConfigError: One is written otherwise, a name stands twice, or no folder fits.
     """
     from ..errors import ConfigError
     from ..evaluation.files import is_model_name
 
     found: dict[str, str] = {}
     for text in given:
-        name, _, path = text.partition("=")
-        if not path or not is_model_name(name):
-            raise ConfigError(
-                f"{flag} {text}: give NAME=FOLDER with a name of letters, digits and -_.+ that does not end in "
-                ".blind or .part0, such as vlora=checkpoints/x."
-            )
-        if name in found:
-            raise ConfigError(f"{flag} names {name!r} twice; each model needs a name of its own.")
-        found[name] = path
+        stated, _, pattern = text.partition("=")
+        for name, path in _folders(flag, stated, pattern):
+            if not path or not is_model_name(name):
+                raise ConfigError(
+                    f"{flag} {text}: give NAME=FOLDER with a name of letters, digits and -_.+ that does not end in "
+                    ".blind or .part0, such as vlora=checkpoints/x."
+                )
+            if name in found:
+                raise ConfigError(
+                    f"{flag} names {name!r} twice; each model needs a name of its own."
+                )
+            found[name] = path
     return found
+
+
+def _folders(flag: str, name: str, pattern: str) -> list[tuple[str, str]]:
+    """The folder itself, or those that fit its ``*``: numbered ones in the order of their numbers."""
+    from ..errors import ConfigError
+
+    if "*" not in pattern or Path(pattern).exists():
+        return [(name, pattern)]
+    folder, wanted = Path(pattern).parent, Path(pattern).name
+    before, star, after = wanted.partition("*")
+    if not star or "*" in str(folder) or "*" in after:
+        raise ConfigError(f"{flag} {name}={pattern}: one * is read, in the last folder's name.")
+    fitting = [f for f in folder.glob(wanted) if f.is_dir()]
+    if not fitting:
+        raise ConfigError(f"{flag} {name}={pattern}: no folder fits.")
+    parts = [f.name.removeprefix(before).removesuffix(after) for f in fitting]
+    order = sorted(zip(parts, fitting, strict=True), key=lambda p: (len(p[0]) * p[0].isdigit(), p))
+    return [(f"{name}-{part}", str(path)) for part, path in order]
 
 
 def _known(

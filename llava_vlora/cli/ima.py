@@ -101,7 +101,11 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", action="append", required=True, metavar="NAME=FOLDER", help="once for each model"
+        "--model",
+        action="append",
+        required=True,
+        metavar="NAME=FOLDER",
+        help="once for each model; 'run=x/checkpoint-*' gives run-64, run-128, ...",
     )
     parser.add_argument("--model-base", help="language model, for a projector or LoRA weights")
     parser.add_argument(
@@ -136,7 +140,7 @@ def _add_correlate(verbs: Any) -> None:
     parser.add_argument(
         "--metrics",
         required=True,
-        metavar="FILE or RUN:BENCHMARK",
+        metavar="FILE or RUN:BENCHMARK[:METRIC]",
         help="JSON of model -> number, or a folder of `llava-vlora eval` and a benchmark in it",
     )
     parser.add_argument("--seed", type=int, default=0, help="of sampled permutations (default: 0)")

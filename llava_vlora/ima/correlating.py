@@ -19,7 +19,8 @@ def correlate_files(scores: Path, metrics: str, out: Path, *, seed: int = 0) -> 
 
     Args:
         scores: ``score.json`` of ``ima score``, or an object of model -> number.
-        metrics: Such an object, or ``FOLDER:BENCHMARK`` of ``llava-vlora eval``.
+        metrics: Such an object, or ``FOLDER:BENCHMARK`` of ``llava-vlora eval``; ``FOLDER:BENCHMARK:METRIC`` for
+            another figure than its first one, also of one type of question.
         out: Folder.
         seed: Of sampled permutations.
 
@@ -57,19 +58,35 @@ def _scores(file: Path) -> dict[str, float]:
 
 
 def _metrics(text: str) -> tuple[dict[str, float], str]:
-    folder, colon, benchmark = text.rpartition(":")
-    if not colon:
+    """Figures by model, and what they are."""
+    if Path(text).is_file():
         return _numbers(read_json(Path(text)), Path(text)), Path(text).stem
-    results = read_results(Path(folder))
+    folder, benchmark, metric = _parts(text)
+    results = read_results(folder)
     if benchmark not in results.scores:
         raise DataError(
             f"{folder} has no scores of {benchmark!r}; it has {listing(results.scores)}."
         )
-    rows = results.scores[benchmark]
-    metric = next(iter(next(iter(rows.values()))["metrics"]))
-    return {
-        r.model: s["metrics"][metric] for r, s in rows.items() if r.see
-    }, f"{benchmark}, {metric}"
+    rows = {r.model: s for r, s in results.scores[benchmark].items() if r.see}
+    there = {name: {**s["breakdown"], **s["metrics"]} for name, s in rows.items()}
+    metric = metric or next(iter(next(iter(rows.values()))["metrics"]))
+    for name, figures in there.items():
+        if metric not in figures:
+            raise DataError(
+                f"{folder} has no {metric!r} of {name} on {benchmark}; there is {listing(figures)}."
+            )
+    return {name: figures[metric] for name, figures in there.items()}, f"{benchmark}, {metric}"
+
+
+def _parts(text: str) -> tuple[Path, str, str]:
+    """Folder, benchmark and metric; a folder's name may hold colons."""
+    before, _, last = text.rpartition(":")
+    folder, _, benchmark = before.rpartition(":")
+    if folder and Path(folder).is_dir() and not Path(before).is_dir():
+        return Path(folder), benchmark, last
+    if not before:
+        raise DataError(f"{text} is no file; give one, or FOLDER:BENCHMARK of `llava-vlora eval`.")
+    return Path(before), last, ""
 
 
 def _numbers(read: object, file: Path) -> dict[str, float]:

@@ -217,16 +217,13 @@ def score(run: Run, *, perceptual_layer: str) -> Found:
     """The IMA score, with an interval over images."""
     several = run.options.pairs == "all" and run.options.sim not in VECTOR_SIMS
     read: Callable[[str], Any] = run.again if several else run.states
-    clusters: dict[str, Any] = {}
-    for name in run.data:
-        clusters |= run.images(name)
     found = ima_score(
         {name: read(name) for name in run.data},
         perceptual_layer=perceptual_layer,  # type: ignore[arg-type]
         sim=run.options.sim,
         pairs=run.options.pairs,  # type: ignore[arg-type]
         layers=_textual(run),
-        clusters=clusters,
+        clusters={name: run.images(name) for name in run.data},
         seed=run.options.seed,
     )
     return Found({"all": asdict(found)}, {run.name: found.whole.curve})

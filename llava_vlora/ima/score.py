@@ -71,7 +71,7 @@ def ima_score(
     pairs: Pairs = "all",
     point: str = "x",
     kinds: tuple[str, str] = ("P", "T"),
-    clusters: Clusters | None = None,
+    clusters: Mapping[str, Clusters] | None = None,
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
@@ -90,8 +90,8 @@ def ima_score(
         pairs: Each example with all of its data set (the paper's), or with itself alone.
         point: State inside the blocks.
         kinds: Kinds of tokens that take the places of P and T.
-        clusters: Name of an example -> what it shares with others, such as its image, whose tokens are the same
-            whatever is asked about it; whole clusters are resampled then.
+        clusters: Name of a data set -> name of an example -> what it shares with others, such as its image, whose
+            tokens are the same whatever is asked about it; whole clusters are resampled then.
         confidence: Of the interval.
         resamples: Bootstrap samples, drawn in each data set for itself.
         seed: Of the samples.
@@ -99,15 +99,20 @@ def ima_score(
 
     Raises:
         ConfigError: An argument is unknown, or two contradict each other.
-        IMAError: There is no example, or states or tokens are missing.
+        IMAError: There is no example, or states, tokens or clusters are missing.
     """
     _check(perceptual_layer, sim, pairs, point)
     if not data_sets:
         raise IMAError("There is no data set to score.")
     first = 0 if perceptual_layer == "input" else None
-    asked = _Asked(kinds, sim, pairs, point, layers, first, clusters)
+    found = {}
+    for name, examples in data_sets.items():
+        if clusters is not None and name not in clusters:
+            raise IMAError(f"The clusters lack the data set {name}; there are {listing(clusters)}.")
+        own = None if clusters is None else clusters[name]
+        asked = _Asked(kinds, sim, pairs, point, layers, first, own)
+        found[name] = asked.pairs_of(examples, device)
     draw = np.random.default_rng(seed)
-    found = {name: asked.pairs_of(examples, device) for name, examples in data_sets.items()}
     drawn = {name: one.resampled(draw, resamples) for name, one in found.items()}
     values = {
         name: Value(one.curve.average, _interval(drawn[name], confidence), one.curve, one.examples)
@@ -156,7 +161,7 @@ class _Paired:
 
 @dataclass(frozen=True)
 class _Asked:
-    """What is asked of every data set."""
+    """What is asked of a data set."""
 
     kinds: tuple[str, str]
     sim: Sim
