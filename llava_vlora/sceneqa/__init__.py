@@ -6,6 +6,7 @@ from llava_vlora.sceneqa.dataset import (
     load_dataset,
     write_dataset,
 )
+from llava_vlora.sceneqa.pope import write_pope
 from llava_vlora.sceneqa.score import accuracy, score
 from llava_vlora.sceneqa.sizes import (
     CATEGORIES,
@@ -29,4 +30,5 @@ __all__ = [
     "scene_size",
     "score",
     "write_dataset",
+    "write_pope",
 ]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from llava_vlora.sceneqa.questions import Question, QuestionSampler
 from llava_vlora.sceneqa.render import render
-from llava_vlora.sceneqa.scene import Scene, sample_scene
+from llava_vlora.sceneqa.scene import Scene, sample_scene, unique_scenes
 from llava_vlora.sceneqa.score import blind_levels
-from llava_vlora.sceneqa.sizes import CATEGORIES, SceneQAError, SceneSize, scene_size
+from llava_vlora.sceneqa.sizes import CATEGORIES, SceneQAError, scene_size
 
 TEXT_ONLY_SHARE = 0.05
 
@@ -75,16 +75,7 @@ def conversation(questions: Iterable[Question], context: str) -> list[dict[str, 
     return turns
 
 
-def _unique_scenes(size: SceneSize, count: int, split: str, rng: random.Random) -> list[Scene]:
-    """Draws ``count`` different scenes of a split."""
-    scenes: dict[int, Scene] = {}
-    while len(scenes) < count:
-        scene = sample_scene(size, rng, split)
-        scenes[scene.key] = scene
-    return list(scenes.values())
-
-
-def _write_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+def write_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     """Writes one JSON object per line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -137,14 +128,14 @@ def _write_test(files: SceneQAFiles, scenes: list[Scene], rng: random.Random) ->
             )
             if question.category == "existence":
                 pope.append({**row, "category": "scene", "label": question.answer})
-    _write_lines(files.test_questions, questions)
-    _write_lines(files.test_answers, answers)
+    write_lines(files.test_questions, questions)
+    write_lines(files.test_answers, answers)
     files.pope_annotations.mkdir(exist_ok=True)
     for path, dropped in (
         (files.pope_questions, "label"),
         (files.pope_annotations / "coco_pope_scene.json", "category"),
     ):
-        _write_lines(path, ({k: v for k, v in row.items() if k != dropped} for row in pope))
+        write_lines(path, ({k: v for k, v in row.items() if k != dropped} for row in pope))
     return asked
 
 
@@ -179,8 +170,8 @@ def write_dataset(
     files = dataset_files(out)
     files.image_folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"{size} {seed}")
-    train = _unique_scenes(grid, train_images, "train", rng)
-    test = _unique_scenes(grid, test_images, held_out, rng)
+    train = unique_scenes(grid, train_images, "train", rng)
+    test = unique_scenes(grid, test_images, held_out, rng)
     train_questions = _write_train(files, train, rng)
     test_questions = _write_test(files, test, rng)
     levels = blind_levels(train_questions, test_questions)

@@ -99,3 +99,12 @@ def sample_scene(size: SceneSize, rng: random.Random, split: str) -> Scene:
         scene = Scene(size, objects)
         if scene.split == split:
             return scene
+
+
+def unique_scenes(size: SceneSize, count: int, split: str, rng: random.Random) -> list[Scene]:
+    """Draws ``count`` different scenes of a split."""
+    scenes: dict[int, Scene] = {}
+    while len(scenes) < count:
+        scene = sample_scene(size, rng, split)
+        scenes[scene.key] = scene
+    return list(scenes.values())

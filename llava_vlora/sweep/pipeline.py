@@ -14,7 +14,7 @@ from ..benchmarks import find
 from ..demo.process import progress_bar
 from ..errors import ConfigError, listing
 from ..evaluation.files import alone, write_json, write_text
-from ..sceneqa import write_dataset
+from ..sceneqa import write_dataset, write_pope
 from . import results, state, tables
 from .flags import lost_files
 from .plan import Run, Step, plan
@@ -139,6 +139,7 @@ class Sweep:
                 scenes.test_images,
                 progress=lambda done, _: progress.update(task, completed=done),
             )
+        write_pope(unfinished, scenes.size, scenes.seed, scenes.test_images)
         os.replace(unfinished, root)
 
     def _say(self, text: str, style: str = "") -> None:
