@@ -222,14 +222,14 @@ def score(run: Run, *, perceptual_layer: str) -> Found:
         perceptual_layer=perceptual_layer,  # type: ignore[arg-type]
         sim=run.options.sim,
         pairs=run.options.pairs,  # type: ignore[arg-type]
-        layers=_textual(run),
+        layers=textual_blocks(run),
         clusters={name: run.images(name) for name in run.data},
         seed=run.options.seed,
     )
     return Found({"all": asdict(found)}, {run.name: found.whole.curve})
 
 
-def _textual(run: Run) -> tuple[int, ...]:
+def textual_blocks(run: Run) -> tuple[int, ...]:
     """The paper's blocks, 0 to L - 1; of a view that begins later, those where it is defined."""
     if run.options.layers is not None:
         return run.options.layers
