@@ -3,9 +3,9 @@
 
 scripts/ima_study.py --out RUN --group llava=FOLDERS --group vlora=FOLDERS
 
-Each group is models that are compared with one another, such as the checkpoints of a run ('x/checkpoint-*'). Every model
-answers SceneQA (300 new scenes) and POPE on 200 scenes; scores are of 100 questions with answers. RUN/ima-study.json and
-a figure for each group are written; a second call goes on.
+Each group is models that are compared with one another, such as the checkpoints of a run ('x/checkpoint-*'). Every
+model answers SceneQA (300 new scenes) and POPE on 200 scenes; scores are of 100 questions with answers. Writes
+RUN/ima-study.json; a second call goes on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -179,7 +179,7 @@ def _views(run: Run) -> dict[str, Any]:
 
 def _overlap(run: Run) -> Any:
     """Each image once."""
-    seen, images = set[str](), run.images("sceneqa")
+    seen, images = set[Hashable](), run.images("sceneqa")
 
     def once() -> Iterable[Any]:
         for batch in run.batches("sceneqa"):
