@@ -231,6 +231,12 @@ def test_blind_levels_of_known_questions() -> None:
     assert (level.questions, level.chance, level.majority, level.prior) == (4, 0.5, 0.75, 0.25)
 
 
+def test_a_category_without_training_questions_is_refused() -> None:
+    asked = [Question("color", "shape", "t", "red"), Question("digit", "digit", "u", "7")]
+    with pytest.raises(SceneQAError, match="no training question is about digit"):
+        blind_levels(asked[:1], asked)
+
+
 def test_chance_is_that_of_the_form_of_the_question() -> None:
     sides = [Question("relation", "horizontal", "t", a) for a in ("left", "right")]
     heights = [Question("relation", "vertical", "u", a) for a in ("above", "below")]

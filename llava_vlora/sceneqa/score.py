@@ -69,7 +69,11 @@ def accuracy(
 
 
 def blind_levels(train: Sequence[Question], test: Sequence[Question]) -> dict[str, BlindLevel]:
-    """Measures, per category, what is reached from the questions and the answer statistics."""
+    """Measures, per category, what is reached from the questions and the answer statistics.
+
+    Raises:
+        SceneQAError: if a category is asked about that no training question has.
+    """
     by_text: dict[str, Counter[str]] = defaultdict(Counter)
     by_category: dict[str, Counter[str]] = defaultdict(Counter)
     by_form: dict[tuple[str, str], set[str]] = defaultdict(set)
@@ -82,6 +86,10 @@ def blind_levels(train: Sequence[Question], test: Sequence[Question]) -> dict[st
         asked = [q for q in test if q.category == category]
         if not asked:
             continue
+        if not by_category[category]:
+            raise SceneQAError(
+                f"no training question is about {category}, so its chance level is unknown; write more training scenes"
+            )
         guesses = [(by_text[q.text] or by_category[category]).most_common(1)[0][0] for q in asked]
         most = Counter(q.answer for q in asked).most_common(1)[0][1]
         levels[category] = BlindLevel(
