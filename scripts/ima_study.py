@@ -5,7 +5,7 @@ scripts/ima_study.py --out RUN --group llava=FOLDERS --group vlora=FOLDERS
 
 Each group is models that are compared with one another, such as the checkpoints of a run ('x/checkpoint-*'). Every
 model answers SceneQA (300 new scenes) and POPE on 200 scenes; scores are of 100 questions with answers. Writes
-RUN/ima-study.json; a second call goes on.
+RUN/ima-study.json and a figure; a second call goes on.
 """
 
 from __future__ import annotations
@@ -36,11 +36,15 @@ from llava_vlora.ima.similarity import Pairs, Sim  # noqa: E402
 from llava_vlora.ima.streams import measure_streams  # noqa: E402
 from llava_vlora.ima.subspaces import measure_overlap  # noqa: E402
 from llava_vlora.ima.views import Measured, perceptual_weights  # noqa: E402
+from llava_vlora.report.plots import GRID, PALETTE, new_figure, save  # noqa: E402
 from llava_vlora.sceneqa import dataset_files, write_dataset, write_pope  # noqa: E402
 
 SIMS: tuple[Sim, ...] = ("median", "max", "avg")
 #: Scenes of the trainings have seed 0.
 SEED = 1
+#: The score that was chosen before any was looked at: the paper's measure, over all pairs.
+MAIN = "median, same block, all pairs"
+SHOWN = ("SceneQA accuracy", "POPE false positives")
 #: Scenes from which SceneQA's chance levels are counted; nothing is trained on them.
 _TRAIN = 500
 
@@ -69,6 +73,7 @@ def main() -> int:
             "groups": found,
         },
     )
+    save(_figure(found), args.out / "ima-study.png")
     return 0
 
 
@@ -91,7 +96,10 @@ def _group(models: Mapping[str, str], args: argparse.Namespace, data: Path) -> d
             write_json(file, _scores(name, path, args.limit, data))
         scores[name] = read_json(file)
     return {
-        "models": {n: {"scores": scores[n], "metrics": metrics[n]} for n in models},
+        "models": {
+            name: {"path": path, "scores": scores[name], "metrics": metrics[name]}
+            for name, path in models.items()
+        },
         "correlations": list(_correlations(scores, metrics)),
     }
 
@@ -228,6 +236,34 @@ def _told(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, 
     except IMAError as error:
         print(error, file=sys.stderr)
         return None
+
+
+def _figure(groups: Mapping[str, Any]) -> Any:
+    """For each group, accuracy and false positives against the score that was chosen beforehand."""
+    figure, axes = new_figure(10, 3.4 * len(groups), len(groups) * len(SHOWN), len(groups))
+    for row, (name, group) in enumerate(groups.items()):
+        models = group["models"]
+        (score,) = {s for one in models.values() for s in one["scores"] if s.endswith(MAIN)}
+        told = {c["metric"]: c["level"] for c in group["correlations"] if c["score"] == score}
+        for column, metric in enumerate(SHOWN):
+            ax = axes[row * len(SHOWN) + column]
+            x = [one["scores"][score]["value"] for one in models.values()]
+            y = [one["metrics"][metric] for one in models.values()]
+            if all("checkpoint" in one["path"] for one in models.values()):
+                ax.plot(x, y, color=GRID, lw=1.2, zorder=1)
+            ax.scatter(x, y, color=PALETTE[row % len(PALETTE)], s=36, zorder=2)
+            for label, at, value in zip(models, x, y, strict=True):
+                short, above = label.removeprefix(f"{name}-"), (0, 6)
+                ax.annotate(
+                    short, (at, value), above, textcoords="offset points", ha="center", fontsize=7.5
+                )
+            found = told[metric]
+            said = "undefined" if found is None else f"Spearman {found['spearman']['value']:.2f}"
+            ax.set_title(f"{name}: {said}, n = {len(models)}", loc="left", fontsize=9.5)
+            ax.set_xlabel(f"IMA score ({score.split(':')[0]})")
+            ax.set_ylabel(f"{metric}, %")
+            ax.margins(0.12)
+    return figure
 
 
 if __name__ == "__main__":
