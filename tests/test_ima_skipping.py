@@ -29,7 +29,7 @@ from llava_vlora.evaluation.benchmarking import Evaluation
 from llava_vlora.evaluation.cost import VICUNA_7B, language_shape
 from llava_vlora.ima.layout import Batch, Role, decoder_of, run, where
 from llava_vlora.ima.preparing import Question, prepare
-from llava_vlora.ima.skip_bench import bench, measure
+from llava_vlora.ima.skip_bench import bench, measure, random_decoder
 from llava_vlora.ima.skip_cost import PromptRows, flops
 from llava_vlora.ima.skip_eval import evaluate_plans
 from llava_vlora.ima.skip_plan import SkipPlan
@@ -611,7 +611,8 @@ def test_times_come_with_their_ratios(llm_dir: Path) -> None:
 
 def test_measuring_a_shape() -> None:
     plans = {"half": SkipPlan("ffn", 0.5)}
-    found = json.loads(json.dumps(measure("tiny", plans, layers=2, text=8, rounds=1)))
+    found = measure(random_decoder("tiny", layers=2), plans, visual=64, text=8, rounds=1)
+    found = json.loads(json.dumps(found))
     assert found["rows"] == {"system": 4, "perceptual": 64, "question": 4, "steps": 0}
     (time,) = found["times"]
     assert time["plan"]["ratio"] == 0.5
@@ -626,7 +627,7 @@ def test_plot(tmp_path: Path) -> None:
         *(Tradeoff("LLaVA, FFN skipped", f"{r}", (8 - 4 * r) * 1e12, 80 - 9 * r) for r in (0.5, 1)),
         Tradeoff("VLoRA", "", 1e12, 79.0),
     ]
-    figure = tradeoff_plot(points)
+    figure = tradeoff_plot({"Accuracy, %": points})
     (axes,) = figure.axes
     lines = {line.get_label(): list(line.get_xdata()) for line in axes.lines}
     assert lines == {"LLaVA": [8.0], "LLaVA, FFN skipped": [6.0, 4.0], "VLoRA": [1.0]}

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.comparing import compare
 
     models, bases = pairs("--model", args.model), pairs("--model-base", args.model_base)
-    _known("--model-base", bases, models)
+    known("--model-base", bases, models)
     evaluations = [evaluation(args, path, bases.get(name), name) for name, path in models.items()]
     blind = [] if args.no_blind else _blind(args.blind, models)
     compare(evaluations, blind, Console(highlight=False), measure=not args.no_measure)
@@ -114,15 +114,23 @@ def _folders(flag: str, name: str, pattern: str) -> list[tuple[str, str]]:
     return [(f"{name}-{part}", str(path)) for part, path in order]
 
 
-def _known(
-    flag: str, names: Mapping[str, object] | Sequence[str], models: Mapping[str, str]
+def known(
+    flag: str,
+    names: Mapping[str, object] | Sequence[str],
+    models: Mapping[str, str],
+    named: str = "--model",
 ) -> None:
+    """Check that all names are those of models.
+
+    Raises:
+        ConfigError: One is not.
+    """
     from ..errors import ConfigError, listing
 
     unknown = [name for name in names if name not in models]
     if unknown:
         raise ConfigError(
-            f"{flag} {unknown[0]}: there is no such model; --model gives {listing(models)}."
+            f"{flag} {unknown[0]}: there is no such model; {named} gives {listing(models)}."
         )
 
 
@@ -131,7 +139,7 @@ def _blind(asked: Sequence[str] | None, models: Mapping[str, str]) -> list[str]:
     from ..integration.checkpoint import inspect_checkpoint
 
     if asked is not None:
-        _known("--blind", asked, models)
+        known("--blind", asked, models)
         return list(dict.fromkeys(asked))
     found = {name: inspect_checkpoint(path) for name, path in models.items()}
     stock = [name for name, c in found.items() if c.multimodal and not c.vlora]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import chosen_device, positive
+from .ima_bench import add_skip_bench, skip_bench
 from .ima_weights import (
     add_evaluations,
     add_mask_arguments,
@@ -42,8 +43,11 @@ _VERBS = {
     "tsne": "examples in the plane",
     "score": "the IMA score with an interval over images",
     "wanda": "masks of the weights that tokens of a kind need",
+    "views": "what a VLoRA model's perceptual weights read, add and have in common",
     "ablate": "which blocks and weight types of a VLoRA model carry the image",
 }
+#: Are about weights.
+_NO_STATES = ("wanda", "views", "ablate")
 _LABELS = {
     "norms": "Median norm of a token",
     "selfsim": "Cosine with itself",
@@ -65,7 +69,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     verbs = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     for name, text in _VERBS.items():
         own = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        _add_source(own)
+        _add_source(own, states=name not in _NO_STATES)
         if name in ("sim", "score"):
             own.add_argument("--sim", default="median", help="measure (default: median)")
             own.add_argument("--pairs", default="matched", help="matched (default) or all")
@@ -97,9 +101,10 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     page = verbs.add_parser("report", help=text, description=f"{text.capitalize()}.")
     page.add_argument("out", type=Path, metavar="FOLDER", help="what was --out of the others")
     add_evaluations(verbs)
+    add_skip_bench(verbs)
 
 
-def _add_source(parser: argparse.ArgumentParser) -> None:
+def _add_source(parser: argparse.ArgumentParser, *, states: bool) -> None:
     parser.add_argument(
         "--model",
         action="append",
@@ -122,8 +127,9 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", default="question+answer", help="question, question+answer (default) or generated"
     )
-    parser.add_argument("--points", default="x", help="states, such as x,ln1,sa,ln2,fc1,fc2")
-    parser.add_argument("--layers", help="blocks, such as 0,8,16 (default: all)")
+    if states:
+        parser.add_argument("--points", default="x", help="states, such as x,ln1,sa,ln2,fc1,fc2")
+        parser.add_argument("--layers", help="blocks, such as 0,8,16 (default: all)")
     parser.add_argument("--conv-mode", default="vicuna_v1", help="LLaVA's template (vicuna_v1)")
     parser.add_argument("--batch-size", type=positive, default=1, help="default: 1")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -163,6 +169,8 @@ def run(args: argparse.Namespace) -> int:
         return of_masks(args)
     if args.what in ("prune-eval", "skip-eval"):
         return evaluate(args)
+    if args.what == "skip-bench":
+        return skip_bench(args)
     return _analyse(args)
 
 
@@ -171,11 +179,14 @@ def _analyse(args: argparse.Namespace) -> int:
 
     from ..demo.process import progress_bar
     from ..ima.runs import open_run, store
+    from ..ima.view_runs import require_vlora
     from ..ima.writing import write_found
     from .compare import pairs
 
     console = Console(highlight=False)
     models, data, options = pairs("--model", args.model), _data(args), _options(args)
+    if args.what in ("views", "ablate"):
+        require_vlora(models)
     found: dict[str, Found] = {}
     with progress_bar(console) as progress:
         progress.disable = not console.is_terminal
@@ -221,6 +232,10 @@ def _call(args: argparse.Namespace) -> Callable[[Run], Found]:
         from ..ima.weight_runs import ablate
 
         return lambda one: ablate(one, instead=args.instead)
+    if args.what == "views":
+        from ..ima.view_runs import views
+
+        return views
     if args.what == "score":
         return lambda one: runs.score(one, perceptual_layer=args.perceptual_layer)
     return simple[args.what]
@@ -229,12 +244,13 @@ def _call(args: argparse.Namespace) -> Callable[[Run], Found]:
 def _options(args: argparse.Namespace) -> Options:
     from ..ima.runs import Options
 
-    layers = None if args.layers is None else numbers("--layers", args.layers, int)
+    given = getattr(args, "layers", None)
+    layers = None if given is None else numbers("--layers", given, int)
     return Options(
         text=args.text,
         conv_mode=args.conv_mode,
         batch_size=args.batch_size,
-        points=tuple(args.points.split(",")),
+        points=tuple(getattr(args, "points", "x").split(",")),
         layers=layers,
         sim=getattr(args, "sim", "median"),
         pairs=getattr(args, "pairs", "matched"),

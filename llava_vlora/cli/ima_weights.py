@@ -12,7 +12,10 @@ from .evaluate import add_asking_arguments, evaluation
 
 if TYPE_CHECKING:
     from ..ima.runs import Run
+    from ..ima.skip_plan import SkipPlan
 
+#: Of :class:`llava_vlora.ima.skip_plan.SkipPlan`, which is imported when it is asked for.
+_KINDS = ("ffn", "attention_query", "attention_full", "block", "parallel", "parallel_block")
 _N = TypeVar("_N", int, float)
 
 
@@ -67,15 +70,14 @@ def add_evaluations(verbs: Any) -> None:
                 "--delta", default="dense", help="of VLoRA: dense (default) or masked"
             )
         else:
-            parser.add_argument("--kind", default="ffn", help="see llava_vlora.ima.SkipPlan")
-            parser.add_argument("--ratios", default="0.5,1", help="default: 0.5,1")
-            parser.add_argument("--start", type=positive, default=1, help="block (default: 1)")
-            parser.add_argument("--end", type=positive, help="block (default: the last)")
-            parser.add_argument("--interval", type=positive, default=1, help="default: 1")
-            parser.add_argument("--target", default="P", help="P (default), T or all")
-            parser.add_argument("--phase", default="both", help="prefill, decode or both (default)")
-            parser.add_argument("--selector", default="random", help="default: random")
-            parser.add_argument("--seed", type=int, default=0, help="default: 0")
+            add_plan_arguments(parser)
+            for flag, text in (
+                ("--beside", "a dense model that answers too, such as VLoRA; repeatable"),
+                ("--beside-base", "language model of one that is a projector or LoRA weights"),
+            ):
+                parser.add_argument(
+                    flag, action="append", default=[], metavar="NAME=FOLDER", help=text
+                )
 
 
 def of_masks(args: argparse.Namespace) -> int:
@@ -95,22 +97,55 @@ def evaluate(args: argparse.Namespace) -> int:
     """Answer benchmarks with a changed model; returns the exit code."""
     from rich.console import Console
 
-    from ..ima.skip_plan import SkipPlan
+    from ..evaluation.running import Place
     from ..ima.weight_runs import evaluate_pruned, evaluate_skipping
     from ..ima.writing import write_values
-    from .compare import pairs
+    from .compare import known, pairs
 
-    ((name, path),) = pairs("--model", [args.model]).items()
+    beside = args.beside if args.what == "skip-eval" else []
+    (name, path), *others = pairs("--model", [args.model, *beside]).items()
     asked, console = evaluation(args, path, args.model_base, name), Console(highlight=False)
     if args.what == "prune-eval":
         found = evaluate_pruned(asked, args.mask, args.delta, console)
     else:
-        fields = ("kind", "start", "end", "interval", "target", "phase", "selector", "seed")
-        given = {field: getattr(args, field) for field in fields}
-        plans = [SkipPlan(ratio=ratio, **given) for ratio in numbers("--ratios", args.ratios)]
-        found = evaluate_skipping(asked, plans, console)
+        bases = pairs("--beside-base", args.beside_base)
+        known("--beside-base", bases, dict(others), "--beside")
+        dense = [evaluation(args, folder, bases.get(other), other) for other, folder in others]
+        found = evaluate_skipping(asked, plans(args), console, dense)
+    if Place.from_environment().rank > 0:
+        return 0
     print(f"Written: {write_values(args.out, args.what, found)}")
     return 0
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is skipped, see :class:`llava_vlora.ima.skip_plan.SkipPlan`."""
+    parser.add_argument(
+        "--kind", default="ffn", help=f"comma-separated: {', '.join(_KINDS)} (default: ffn)"
+    )
+    parser.add_argument("--ratios", default="0.5,1", help="default: 0.5,1")
+    parser.add_argument("--start", type=positive, default=1, help="block (default: 1)")
+    parser.add_argument("--end", type=positive, help="block (default: the last)")
+    parser.add_argument("--interval", type=positive, default=1, help="default: 1")
+    parser.add_argument("--target", default="P", help="P (default), T or all")
+    parser.add_argument("--phase", default="both", help="prefill, decode or both (default)")
+    parser.add_argument("--selector", default="random", help="default: random")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+
+
+def plans(args: argparse.Namespace) -> list[SkipPlan]:
+    """Of each kind, one for each ratio.
+
+    Raises:
+        ConfigError: A value is unknown or out of range.
+    """
+    from ..ima.skip_plan import SkipPlan
+
+    fields = ("start", "end", "interval", "target", "phase", "selector", "seed")
+    given = {field: getattr(args, field) for field in fields}
+    ratios = numbers("--ratios", args.ratios)
+    kinds = args.kind.split(",")
+    return [SkipPlan(kind, ratio, **given) for kind in kinds for ratio in ratios]
 
 
 def write_masks(one: Run, args: argparse.Namespace) -> dict[str, Path]:

@@ -81,7 +81,7 @@ def _benchmark(
             row.label: {
                 "metrics": dict(scores[row]["metrics"]),
                 "headline_interval": scores[row].get("headline_interval"),
-                "credit": _mean(credit[row], clusters, seed) if samples else None,
+                "credit": mean_credit(credit[row], clusters, seed) if samples else None,
             }
             for row in rows
         },
@@ -118,7 +118,7 @@ def _alone(clusters: Sequence[object]) -> bool:
     return len(set(clusters)) == len(clusters)
 
 
-def _mean(values: Sequence[float], clusters: Sequence[Any], seed: int) -> dict[str, Any]:
+def mean_credit(values: Sequence[float], clusters: Sequence[Any], seed: int) -> dict[str, Any]:
     """Mean credit with a 95 % interval, in percent."""
     interval, method = credit_interval(values, clusters, seed=seed)
     mean = 100 * sum(values) / len(values)

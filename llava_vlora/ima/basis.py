@@ -6,7 +6,7 @@ from a module's input, the left ones what it writes to the output. Shapes: I, O 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import IMAError
 from ..weights import PerceptualWeights
-from .layout import Batch, View
+from .layout import Batch, View, Watch
 from .states import Example, collect
 from .views import Measured, Running, perceptual_weights, wide
 
@@ -56,6 +56,10 @@ class Basis:
         arbitrary: only measures that ignore it, such as the absolute cosine, say something.
         """
         return (self.side(side) * self.values[: self.rank]).T
+
+
+#: Weight type and injected layer, counted from 0 -> the basis of one image's weight.
+Bases = Mapping[tuple[str, int], Basis]
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,15 @@ def decompose(weights: PerceptualWeights, letter: str, layer: int, row: int = 0)
     return Basis(writes @ left, values, reads @ right.T)
 
 
+def decompose_all(weights: PerceptualWeights, row: int = 0) -> Bases:
+    """The bases of all perceptual weights of one image.
+
+    Raises:
+        IMAError: A weight is zero.
+    """
+    return {(t, n): decompose(weights, t, n, row) for n in weights.layers for t in weights.types}
+
+
 def effective_rank(values: Tensor) -> float:
     """Exponential of the entropy of singular values ``[R]`` that are divided by their sum.
 
@@ -148,34 +161,74 @@ def measure_basis(model: nn.Module, batches: Iterable[Batch], *, kind: str = "T"
         ConfigError: The kind is unknown.
         IMAError: An example has no image, or a weight is zero.
     """
-    running = Running("basis")
-    spectra: dict[tuple[int, str], Tensor] = {}
+    view = BasisView(kind)
     for batch in batches:
+        view.add(model, batch)
+    return view.result()
+
+
+class BasisView:
+    """The same batch by batch, see :func:`measure_basis`."""
+
+    def __init__(self, kind: str = "T") -> None:
+        """Nothing seen."""
+        self._running, self._kind = Running("basis"), kind
+        self._spectra: dict[tuple[int, str], Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, model: nn.Module, batch: Batch, watches: Sequence[Watch] = ()) -> list[Bases]:
+        """Run a batch and measure it.
+
+        Args:
+            model: A VLoRA model.
+            batch: What to run.
+            watches: Further hooks to have in the same pass.
+
+        Returns:
+            The bases of each example's weights.
+
+        Raises:
+            VLoRAError: As of :func:`measure_basis`.
+        """
         weights = perceptual_weights(batch)
-        batch.require(kind)
-        for row, example in enumerate(_texts(model, batch, weights)):
-            for layer in weights.layers:
-                for letter in weights.types:
-                    basis, key = decompose(weights, letter, layer, row), (layer + 1, letter)
-                    norm = basis.values.norm()
-                    own = (basis.values / norm).double().cpu()
-                    spectra[key] = spectra[key] + own if key in spectra else own
-                    running.add("Frobenius norm", *key, float(norm))
-                    running.add("effective rank", *key, effective_rank(basis.values))
-                    _along(running, basis, example, kind, *key)
-    measured = running.results()
-    count = measured[0].cells[0].count
-    means = [Spectrum(*key, tuple((spectra[key] / count).tolist())) for key in spectra]
-    return BasisResult(measured, tuple(means))
+        batch.require(self._kind)
+        found = []
+        for row, example in enumerate(_texts(model, batch, weights, watches)):
+            found.append(decompose_all(weights, row))
+            for (letter, layer), basis in found[-1].items():
+                self._measure(basis, example, (layer + 1, letter))
+        return found
+
+    def _measure(self, basis: Basis, example: Example, key: tuple[int, str]) -> None:
+        norm = basis.values.norm()
+        own = (basis.values / norm).double().cpu()
+        self._spectra[key] = self._spectra[key] + own if key in self._spectra else own
+        self._running.add("Frobenius norm", *key, float(norm))
+        self._running.add("effective rank", *key, effective_rank(basis.values))
+        _along(self._running, basis, example, self._kind, *key)
+
+    def result(self) -> BasisResult:
+        """What was measured.
+
+        Raises:
+            IMAError: There was no batch.
+        """
+        measured = self._running.results()
+        count = measured[0].cells[0].count
+        means = [Spectrum(*k, tuple((own / count).tolist())) for k, own in self._spectra.items()]
+        return BasisResult(measured, tuple(means))
 
 
-def _texts(model: nn.Module, batch: Batch, weights: PerceptualWeights) -> Iterable[Example]:
+def _texts(
+    model: nn.Module, batch: Batch, weights: PerceptualWeights, watches: Sequence[Watch]
+) -> Iterable[Example]:
     """The states that the injected blocks read and write to."""
     points = [READS[t] for t in weights.types if t in READS]
     points += [WRITES[t][0] for t in weights.types if t in WRITES]
     # X before a block is X after the block before it.
     layers = sorted({n for layer in weights.layers for n in (layer, layer + 1)})
-    return collect(model, [batch], points=list(dict.fromkeys(points)), layers=layers)
+    wanted = list(dict.fromkeys(points))
+    return collect(model, [batch], points=wanted, layers=layers, watches=watches)
 
 
 def _along(

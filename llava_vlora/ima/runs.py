@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,10 @@ class Run:
         samples = self.data[name].samples
         return {str(s.id): s.image.name if s.image else str(s.id) for s in samples}
 
+    def figure(self, name: str) -> str:
+        """How figures of one data set are called."""
+        return self.name if len(self.data) == 1 else f"{self.name}-{name}"
+
     def blocks(self) -> int:
         """Of the decoder."""
         return len(decoder_layers(self.loaded.model))
@@ -105,7 +109,10 @@ class Found:
     """By data set."""
     curves: dict[str, Curve]
     """To be drawn, by name."""
-    figure: Figure | None = None
+    figures: Mapping[str, Figure] = field(default_factory=dict)
+    """Further ones, by the rest of their file name."""
+    lines: tuple[str, ...] = ()
+    """To be printed."""
 
 
 def norms(run: Run) -> Found:
@@ -210,7 +217,7 @@ def plane(run: Run, *, method: str, layer: int | None) -> Found:
         method=method,  # type: ignore[arg-type]
         seed=run.options.seed,
     )
-    return Found({"all": asdict(found)}, {}, embedding_plot(found))
+    return Found({"all": asdict(found)}, {}, {run.name: embedding_plot(found)})
 
 
 def score(run: Run, *, perceptual_layer: str) -> Found:

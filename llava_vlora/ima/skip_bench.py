@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -13,14 +13,17 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from .. import provenance
+from ..bench.measure import device_facts
 from ..bench.shapes import shape
 from ..bench.timing import Prepared, in_turns
+from ..decoder import decoder_layers
 from ..errors import ConfigError
 from ..evaluation.cost import language_shape
+from ..weights import PerceptualWeights
 from .layout import Batch, Role, decoder_of
 from .skip_cost import PromptRows, flops
 from .skip_plan import SkipPlan
+from .skip_plot import Timed
 from .skipping import skipping
 
 _DENSE = "dense"
@@ -137,60 +140,98 @@ def _decode(
         yield run
 
 
-def measure(
+def random_decoder(
     name: str,
-    plans: Mapping[str, SkipPlan],
     *,
     layers: int | None = None,
-    text: int = 64,
-    rounds: int = 5,
-    steps: int = 0,
     device: torch.device | None = None,
     dtype: torch.dtype = torch.float32,
-    progress: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """Time of plans on a language model of a published shape with random weights.
+) -> LlamaForCausalLM:
+    """A language model of a published shape with random weights.
 
     Args:
         name: A key of :data:`llava_vlora.bench.shapes.SHAPES`.
-        plans: By name.
         layers: Fewer than the shape has, where its memory or time would not do; all by default.
-        text: Tokens of the prompt beside the visual ones, half of them before.
-        rounds: As in :func:`bench`.
-        steps: As in :func:`bench`.
         device: Where to measure; the CPU by default.
         dtype: Of the weights.
+
+    Raises:
+        ConfigError: There is no such shape.
+    """
+    language = shape(name).language
+    count = layers or language["num_hidden_layers"]
+    # Nothing of the vocabulary is measured but the rows that are read.
+    config = LlamaConfig(**{**language, "num_hidden_layers": count, "vocab_size": 32})
+    with torch.device(device or "cpu"):
+        return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def random_prompt(model: nn.Module, visual: int, text: int) -> Batch:
+    """A prompt of random tokens.
+
+    Args:
+        model: The language model that is to read it.
+        visual: Perceptual tokens.
+        text: Tokens beside them, half of them before.
+    """
+    kinds = [Role.SYSTEM, Role.PERCEPTUAL, Role.QUESTION]
+    counts = [text // 2, visual, text - text // 2]
+    roles = torch.tensor(kinds).repeat_interleave(torch.tensor(counts))[None]
+    table: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    ids = torch.randint(0, len(table), roles.shape, device=table.device)
+    return Batch({"input_ids": ids}, roles, ("random",))
+
+
+def measure(
+    model: nn.Module,
+    plans: Mapping[str, SkipPlan],
+    *,
+    visual: int,
+    text: int = 64,
+    rounds: int = 5,
+    steps: int = 0,
+    weights: PerceptualWeights | None = None,
+    progress: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Time of plans on random tokens.
+
+    Args:
+        model: A language model, on its device.
+        plans: By name.
+        visual: As in :func:`random_prompt`.
+        text: As in :func:`random_prompt`.
+        rounds: As in :func:`bench`.
+        steps: As in :func:`bench`.
+        weights: What a VLoRA model sees, of one image.
         progress: As in :func:`bench`.
 
     Returns:
-        Seconds, ratios, and where they come from; fit for JSON.
+        Seconds and ratios, and of what; fit for JSON.
 
     Raises:
-        ConfigError: There is no such shape, or as of :func:`bench`.
+        VLoRAError: As of :func:`bench`, or a plan does not fit the model.
     """
-    chosen, where = shape(name), device or torch.device("cpu")
-    count = layers or int(chosen.language["num_hidden_layers"])
-    # Nothing of the vocabulary is measured but the rows that are read.
-    config = LlamaConfig(**{**chosen.language, "num_hidden_layers": count, "vocab_size": 32})
-    with torch.device(where):
-        model = LlamaForCausalLM(config).to(dtype).eval()
-        ids = torch.randint(0, config.vocab_size, (1, text + chosen.patches))
-    kinds = [Role.SYSTEM, Role.PERCEPTUAL, Role.QUESTION]
-    counts = [text // 2, chosen.patches, text - text // 2]
-    roles = torch.tensor(kinds).repeat_interleave(torch.tensor(counts))[None]
-    batch = Batch({"input_ids": ids}, roles, ("random",))
+    batch = replace(random_prompt(model, visual, text), weights=weights)
     times = bench(model, plans, batch, rounds=rounds, steps=steps, progress=progress)
+    parameter = next(model.parameters())
     return {
-        "shape": name,
-        "layers": count,
-        "rows": asdict(PromptRows.of(roles[0])),
+        "layers": len(decoder_layers(model)),
+        "rows": asdict(PromptRows.of(batch.roles[0])),
         "rounds": rounds,
         "steps": steps,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": where.type,
-        "threads": torch.get_num_threads(),
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "device": device_facts(parameter.device),
         "times": [asdict(time) | {"ratio": time.ratio} for time in times],
-        "versions": provenance.versions(),
-        "commit": provenance.commit(),
-        "machine": provenance.machine() | {"processor": provenance.processor()},
     }
+
+
+def timed(measured: Sequence[Mapping[str, Any]]) -> dict[str, list[Timed]]:
+    """What :func:`~.skip_plot.times_plot` draws, of results of :func:`measure`."""
+    panels: dict[str, list[Timed]] = {}
+    for one in measured:
+        for time in one["times"]:
+            plan = time["plan"]
+            title = f"{time['part'].capitalize()}, {one['rows']['perceptual']} visual tokens"
+            point = Timed(plan["kind"], plan["ratio"], time["ratio"], time["flops_ratio"])
+            panels.setdefault(title, []).append(point)
+    return panels

@@ -13,24 +13,34 @@ from statistics import fmean
 
 from rich.console import Console
 
-from ..benchmarks.base import Sample
-from ..evaluation.benchmarking import Evaluation, Variant, evaluate, load_model, questions
+from ..benchmarks.base import Benchmark, Sample
+from ..comparison.analysis import mean_credit
+from ..evaluation.benchmarking import Asked, Evaluation, Variant, evaluate, load_model, questions
 from ..evaluation.cost import answer_cost, language_shape, vision_shape
+from ..evaluation.files import read_json
 from ..integration.api import Loaded, prompt_ids
 from ..placeholder import IMAGE_TOKEN_INDEX
 from .skip_cost import PromptRows, flops
 from .skip_plan import SkipPlan
+from .skip_plot import Tradeoff
 from .skipping import skipping
+
+#: A headline that is no further from the mean credit in percent is that.
+_SAME = 1e-6
 
 
 @dataclass(frozen=True)
 class SkipScores:
     """What one plan leaves of a model."""
 
+    model: str
+    """Its name."""
     plan: SkipPlan | None
     """None for the dense model."""
     metrics: dict[str, dict[str, float]]
     """By benchmark; empty in all but the first of several processes."""
+    intervals: dict[str, list[float] | None]
+    """By benchmark: 95 % of the headline metric, over images; None where it has no such interval."""
     flops: dict[str, float]
     """By benchmark: from the image's pixels to the first token, mean over the questions; computed."""
 
@@ -51,6 +61,7 @@ def evaluate_plans(
     console: Console,
     *,
     load: Callable[[], Loaded] | None = None,
+    asked: Asked | None = None,
 ) -> list[SkipScores]:
     """Evaluate one model without a plan and under each; it is loaded once.
 
@@ -62,23 +73,55 @@ def evaluate_plans(
         plans: The plans.
         console: For progress and tables.
         load: Gives the model, where it is wanted for more than this.
+        asked: What :func:`~llava_vlora.evaluation.benchmarking.questions` gives, where that was read before.
 
     Raises:
         VLoRAError: As of :func:`~llava_vlora.evaluation.benchmarking.evaluate`, or a plan does not fit the model.
     """
     load = functools.cache(load or partial(load_model, evaluation))
-    asked = questions(evaluation)
+    asked = questions(evaluation) if asked is None else asked
     by_name = {benchmark.name: samples for benchmark, samples in asked.items()}
     found = []
     for plan in (None, *plans):
         change = None if plan is None else variant(plan)
-        scores = evaluate(dataclasses.replace(evaluation, variant=change), console, load, asked)
+        changed = dataclasses.replace(evaluation, variant=change)
+        scores = evaluate(changed, console, load, asked)
         metrics = {name: dict(score.metrics) for name, score in scores.items()}
+        intervals = {b.name: _interval(changed, b) for b in asked if b.name in scores}
         costs = {
             name: first_token_flops(load(), by_name[name], plan, evaluation) for name in metrics
         }
-        found.append(SkipScores(plan, metrics, costs))
+        found.append(SkipScores(evaluation.name, plan, metrics, intervals, costs))
     return found
+
+
+def _interval(evaluation: Evaluation, benchmark: Benchmark) -> list[float] | None:
+    """95 % of the headline, as :mod:`llava_vlora.comparison` has it, from the file of scores."""
+    stated = read_json(evaluation.file(benchmark, ".score.json"))
+    samples, given = stated["samples"], stated["headline_interval"]
+    if given is not None or not samples:
+        return None if given is None else list(given)
+    clusters = [s["image"] or ("no image", s["id"]) for s in samples]
+    credit = mean_credit([float(s["credit"]) for s in samples], clusters, seed=0)
+    metric = next(iter(stated["metrics"].values()))
+    return list(credit["interval"]) if abs(credit["mean"] - metric) < _SAME else None
+
+
+def tradeoffs(found: Sequence[SkipScores]) -> dict[str, list[Tradeoff]]:
+    """What :func:`~.skip_plot.tradeoff_plot` draws, by benchmark and headline; what is scored elsewhere has none."""
+    panels: dict[str, list[Tradeoff]] = {}
+    for one in found:
+        series, label = one.model, ""
+        if one.plan is not None:
+            series += f", {one.plan.kind} of {one.plan.target} skipped"
+            label = f"{100 * one.plan.ratio:g} %"
+        for benchmark, metrics in one.metrics.items():
+            for metric, value in [*metrics.items()][:1]:
+                ends = one.intervals[benchmark]
+                interval = None if ends is None else (ends[0], ends[1])
+                point = Tradeoff(series, label, one.flops[benchmark], value, interval)
+                panels.setdefault(f"{benchmark}, {metric}", []).append(point)
+    return panels
 
 
 def first_token_flops(

@@ -94,6 +94,7 @@ def collect(
     points: Sequence[str] = ("x",),
     layers: Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
+    watches: Sequence[Watch] = (),
 ) -> Iterator[Example]:
     """Run batches through a decoder and give the states of one example after the other.
 
@@ -105,6 +106,7 @@ def collect(
         points: States, names of :data:`POINTS`.
         layers: Blocks from 1 to L; 0, for ``x`` alone, is what the first block reads. All by default.
         dtype: Of the states; as the model computes them by default.
+        watches: Further hooks to have in the same pass.
 
     Raises:
         ConfigError: A state or block does not exist.
@@ -118,7 +120,7 @@ def collect(
     if outside:
         raise ConfigError(f"There is no block {outside[0]}; the decoder has 1 to {len(blocks)}.")
     for batch in batches:
-        states = _states(model, blocks, batch, points, chosen)
+        states = _states(model, blocks, batch, points, chosen, watches)
         yield from _examples(batch, states, dtype)
 
 
@@ -128,10 +130,11 @@ def _states(
     batch: Batch,
     points: Sequence[str],
     layers: Iterable[int],
+    more: Sequence[Watch],
 ) -> dict[Key, Tensor]:
     """States ``[B, N, width]`` of one batch."""
     found: dict[Key, Tensor] = {}
-    watches: list[Watch] = []
+    watches = list(more)
     for number in layers:
         if number == 0 and "x" in points:
             keep = _keep(found, ("x", 0), batch.roles.shape)

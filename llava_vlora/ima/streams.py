@@ -42,14 +42,38 @@ def measure_streams(
         ConfigError: The kind is unknown.
         IMAError: An example has no image, or ``u`` is zero.
     """
-    running = Running("stream")
-    blocks = decoder_layers(model)
+    view = StreamView(kind)
     for batch in batches:
+        run(model, batch, *view.watches(model, batch))
+    return view.result()
+
+
+class StreamView:
+    """The same for batches that run anyway, see :func:`measure_streams`."""
+
+    def __init__(self, kind: str = "T") -> None:
+        """Nothing seen."""
+        self._running, self._kind = Running("stream"), kind
+
+    def watches(self, model: nn.Module, batch: Batch) -> list[Watch]:
+        """The hooks that measure a batch as it runs.
+
+        Raises:
+            ConfigError: The kind is unknown.
+            IMAError: An example has no image or no such token.
+        """
         weights = perceptual_weights(batch)
-        batch.require(kind)
-        reading = _Reading(running, batch, weights, kind)
-        run(model, batch, *reading.watches(blocks))
-    return running.results()
+        batch.require(self._kind)
+        reading = _Reading(self._running, batch, weights, self._kind)
+        return reading.watches(decoder_layers(model))
+
+    def result(self) -> tuple[Measured, ...]:
+        """What was measured.
+
+        Raises:
+            IMAError: No batch ran.
+        """
+        return self._running.results()
 
 
 class _Reading:

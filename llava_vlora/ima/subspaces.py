@@ -7,7 +7,7 @@ orthonormal bases P and Q are the angles' cosines. Shapes: I, O input and output
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,12 +16,11 @@ from torch import Tensor
 
 from ..errors import IMAError
 from ..weights import Factors, PerceptualWeights
-from .basis import Basis, Side, decompose
+from .basis import Bases, Basis, Side, decompose_all
 from .layout import View
 from .views import Cell, Measured, Running
 
 SIDES: tuple[Side, ...] = ("input", "output")
-_Bases = Mapping[tuple[str, int], Basis]
 
 
 @dataclass(frozen=True)
@@ -80,39 +79,70 @@ def measure_overlap(images: Iterable[PerceptualWeights], *, window: int = 1) -> 
 
     Returns:
         Per block and weight type: ``input overlap`` and ``output overlap`` between images with the level of random
-        subspaces as chance, ``cosine`` of the weights; ``input overlap of blocks`` and ``output overlap of blocks``
-        of one image between a block and the next injected one; and ``image share``, the part of the sum of squares of
-        delta_W that differs between the images (unbiased; as ``vlora/image_share`` in training, which is about the
-        generated factor).
+        subspaces as chance, full on the side of the factor that all images share; ``cosine`` of the weights; ``image
+        share``, the part of the sum of squares of delta_W that differs between the images (unbiased; as
+        ``vlora/image_share`` in training, which is about the generated factor); ``input overlap of blocks`` and
+        ``output overlap of blocks`` of one image between a block and the next injected one.
 
     Raises:
         IMAError: There are fewer than two images, two in a row are the same, or a weight is zero.
     """
-    running, shares = Running("basis"), _Shares()
-    before: deque[_Bases] = deque(maxlen=window)
-    count = pairs = 0
+    view = OverlapView(window)
     for one in _single(images):
-        count += 1
-        shares.add(one)
-        bases = {(t, n): decompose(one, t, n) for t in one.types for n in one.layers}
+        view.add(one, decompose_all(one))
+    return view.result()
+
+
+class OverlapView:
+    """The same image by image, see :func:`measure_overlap`."""
+
+    def __init__(self, window: int = 1) -> None:
+        """Nothing seen."""
+        self._running, self._shares = Running("basis"), _Shares()
+        self._before: deque[Bases] = deque(maxlen=window)
+        self._count = self._pairs = 0
+
+    def add(self, one: PerceptualWeights, bases: Bases) -> None:
+        """Take in a further image.
+
+        Args:
+            one: Its weights, one row.
+            bases: Their decompositions.
+
+        Raises:
+            IMAError: It is the same as the one before.
+        """
+        self._count += 1
+        before = self._before
         if before and all(before[-1][key].values.equal(b.values) for key, b in bases.items()):
             raise IMAError(
-                f"Images {count - 1} and {count} have equal weights; give each image once."
+                f"Images {self._count - 1} and {self._count} have equal weights; give each image once."
             )
+        self._shares.add(one)
         for other in before:
-            pairs += 1
+            self._pairs += 1
             for (letter, layer), basis in bases.items():
-                _between(running, "", basis, other[letter, layer], layer + 1, letter)
+                _between(self._running, "", basis, other[letter, layer], layer + 1, letter)
                 cosine = same_direction(basis, other[letter, layer])
-                running.add("cosine", layer + 1, letter, cosine, chance=0.0)
+                self._running.add("cosine", layer + 1, letter, cosine, chance=0.0)
         for letter in one.types:
             for layer, following in pairwise(one.layers):
                 pair = bases[letter, layer], bases[letter, following]
-                _between(running, " of blocks", *pair, layer + 1, letter)
+                _between(self._running, " of blocks", *pair, layer + 1, letter)
         before.append(bases)
-    if count < 2:
-        raise IMAError("Weights of different images are compared; give at least two images.")
-    return Overlap((*running.results(), shares.result()), count, pairs)
+
+    def result(self) -> Overlap:
+        """What was measured.
+
+        Raises:
+            IMAError: There were fewer than two images.
+        """
+        if self._count < 2:
+            raise IMAError("Weights of different images are compared; give at least two images.")
+        measured = (*self._running.results(), self._shares.result())
+        # What compares images first.
+        ordered = sorted(measured, key=lambda one: one.quantity.endswith("of blocks"))
+        return Overlap(tuple(ordered), self._count, self._pairs)
 
 
 def _single(images: Iterable[PerceptualWeights]) -> Iterator[PerceptualWeights]:

@@ -19,6 +19,10 @@ from .views import Measured, same_view
 #: Colours of Okabe and Ito for weight types and states, in the order in which these are drawn.
 _EIGHT = (*PALETTE, "#1f2933", "#999999")
 _INK = "#1f2933"
+#: Width of a page in inches, on which text of figures is as large as the page's.
+_PAGE = 10.4
+#: Of a legend, at most.
+_COLUMNS = 8
 _REFERENCES = {"nothing": COLORS["vlora"], "mean image": COLORS["llava"]}
 _GROUPS = {
     "all": "All weights removed",
@@ -38,7 +42,7 @@ def curves(measured: Sequence[Measured]) -> Figure:
         IMAError: The quantities are of several views, or there are none.
     """
     view = same_view(measured)
-    figure, panels = _grid(3.4, 3.0, len(measured))
+    figure, panels = grid(3.4, 3.0, len(measured))
     places = list(dict.fromkeys(cell.place for one in measured for cell in one.cells))
     for axes, one in zip(panels, measured, strict=True):
         for place in dict.fromkeys(cell.place for cell in one.cells):
@@ -55,8 +59,12 @@ def curves(measured: Sequence[Measured]) -> Figure:
         axes.set_xlabel("Block")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0].set_ylabel(f"{view.capitalize()} view")
-    _legend(figure, panels)
+    legend(figure, panels)
     return figure
+
+
+#: Blocks up to which a map's cells are wide enough for upright numbers, and inches of all cells beyond.
+_WIDE, _CELLS = 16, 8.5
 
 
 def heat(measured: Sequence[Measured]) -> Figure:
@@ -68,8 +76,9 @@ def heat(measured: Sequence[Measured]) -> Figure:
     same_view(measured)
     blocks = {cell.block for one in measured for cell in one.cells}
     places = {cell.place for one in measured for cell in one.cells}
-    width, height = 0.5 * len(blocks) + 1.2, 0.3 * len(places) + 1.1
-    figure, panels = _grid(width, height, len(measured))
+    cells = 0.5 * len(blocks) if len(blocks) <= _WIDE else _CELLS
+    width, height = cells + 1.2, (0.3 if len(blocks) <= _WIDE else 0.4) * len(places) + 1.1
+    figure, panels = grid(width, height, len(measured))
     for axes, one in zip(panels, measured, strict=True):
         _heat_map(axes, one)
     return figure
@@ -93,6 +102,7 @@ def _heat_map(axes: Axes, one: Measured) -> None:
             ha="center",
             va="center",
             fontsize=7.5,
+            rotation=0 if len(blocks) <= _WIDE else 90,
             color=_INK if bright else "white",
         )
     levels = {round(c.chance, 3) for c in one.cells if c.chance is not None}
@@ -108,7 +118,7 @@ def spectra(result: BasisResult) -> Figure:
     """Singular values over the Frobenius norm: a panel for each block, a line for each weight type."""
     blocks = sorted({spectrum.block for spectrum in result.spectra})
     places = list(dict.fromkeys(spectrum.place for spectrum in result.spectra))
-    figure, panels = _grid(2.9, 2.7, len(blocks))
+    figure, panels = grid(2.9, 2.7, len(blocks))
     for axes, block in zip(panels, blocks, strict=True):
         if axes is not panels[0]:
             axes.sharey(panels[0])
@@ -120,7 +130,7 @@ def spectra(result: BasisResult) -> Figure:
         axes.set_title(f"Block {block}", loc="left", fontsize=9.5)
         axes.set_xlabel("Singular value")
     panels[0].set_ylabel("Over the Frobenius norm")
-    _legend(figure, panels)
+    legend(figure, panels)
     return figure
 
 
@@ -163,7 +173,7 @@ def ablations(results: Sequence[AblationResult]) -> Figure:
     panels[1].axvline(100 * results[0].rows[0].accuracy, color=_INK, lw=1, ls=(0, (3, 2)),
                       label="whole weights")  # fmt: skip
     panels[1].set_yticklabels([])
-    _legend(figure, panels)
+    legend(figure, panels)
     return figure
 
 
@@ -184,9 +194,9 @@ def _bars(
     panels[1].barh(places, [100 * row.accuracy for row in rows], height, color=color)
 
 
-def _grid(width: float, height: float, count: int) -> tuple[Figure, list[Axes]]:
-    """A figure of ``count`` panels, at most four in a row, and nothing where the last row is shorter."""
-    rows = -(-count // 4)
+def grid(width: float, height: float, count: int) -> tuple[Figure, list[Axes]]:
+    """A figure of ``count`` panels, as many in a row as a page has room for; a shorter last row ends early."""
+    rows = -(-count // max(1, int(_PAGE // width)))
     columns = -(-count // rows)
     figure, panels = new_figure(width * columns + 0.5, height * rows + 0.4, rows * columns, rows)
     for axes in panels[count:]:
@@ -205,7 +215,8 @@ def _chance_line(axes: Axes, one: Measured) -> None:
         axes.axhline(levels.pop(), color=_INK, lw=1, ls=(0, (3, 2)), label="chance")
 
 
-def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
+def legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    """One legend above all panels, each label once."""
     shown: dict[str, Artist] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -216,6 +227,6 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
         list(shown.values()),
         list(shown),
         loc="outside upper center",
-        ncols=len(shown),
+        ncols=min(_COLUMNS, len(shown)),
         frameon=False,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Protocol
 
 import torch
@@ -55,16 +56,33 @@ class Measured:
                 return cell
         raise IMAError(f"{self.quantity!r} was not measured at {place!r} of block {block}.")
 
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Where it was measured."""
+        return tuple(dict.fromkeys(cell.place for cell in self.cells))
+
     def mean(self, place: str) -> float:
         """Mean over the blocks of one place, such as the IMA score of the paper's figure 9.
 
         Raises:
             IMAError: Nothing was measured there.
         """
-        found = [cell.mean for cell in self.cells if cell.place == place]
+        return fmean(cell.mean for cell in self._of(place))
+
+    def chance(self, place: str) -> float | None:
+        """Mean level of chance over the blocks of one place, where there is one.
+
+        Raises:
+            IMAError: Nothing was measured there.
+        """
+        levels = [cell.chance for cell in self._of(place) if cell.chance is not None]
+        return fmean(levels) if levels else None
+
+    def _of(self, place: str) -> list[Cell]:
+        found = [cell for cell in self.cells if cell.place == place]
         if not found:
             raise IMAError(f"{self.quantity!r} was not measured at {place!r}.")
-        return sum(found) / len(found)
+        return found
 
 
 class Viewed(Protocol):

@@ -8,10 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from ..errors import ConfigError, IMAError, listing
-from ..evaluation.benchmarking import Evaluation
+from ..evaluation.benchmarking import Evaluation, questions, weights_of
 from ..report.plots import save
 from .ablation import measure_ablations, standard
 from .evaluating import evaluate_masks
@@ -22,8 +23,9 @@ from .runs import Found, Run
 from .scores import Scores, magnitude_scores, random_scores
 from .selecting import make_mask
 from .sequential import sequential_mask
-from .skip_eval import evaluate_plans
+from .skip_eval import evaluate_plans, tradeoffs
 from .skip_plan import SkipPlan
+from .skip_plot import tradeoff_plot
 from .subnet import alpha_subnet
 from .transforms import mean_image
 from .view_plots import ablations
@@ -129,10 +131,29 @@ def evaluate_pruned(
 
 
 def evaluate_skipping(
-    evaluation: Evaluation, plans: Sequence[SkipPlan], console: Console
+    evaluation: Evaluation,
+    plans: Sequence[SkipPlan],
+    console: Console,
+    beside: Sequence[Evaluation] = (),
 ) -> list[dict[str, Any]]:
-    """Benchmarks under plans, and without."""
-    return [asdict(one) for one in evaluate_plans(evaluation, plans, console)]
+    """Benchmarks under plans, and without, and of other models beside; with a figure where benchmarks have scores.
+
+    Args:
+        evaluation: The model, and where the figure goes.
+        plans: What is left out.
+        console: For progress and tables.
+        beside: Dense models that answer the same.
+    """
+    for other in (evaluation, *beside):
+        weights_of(other)
+    asked = questions(evaluation)
+    found = evaluate_plans(evaluation, plans, console, asked=asked)
+    for other in beside:
+        found += evaluate_plans(other, [], console, asked=asked)
+    panels = tradeoffs(found)
+    if panels:
+        save(tradeoff_plot(panels), evaluation.out / "skip-eval.png")
+    return [asdict(one) for one in found]
 
 
 def ablate(run: Run, *, instead: str) -> Found:
@@ -146,7 +167,7 @@ def ablate(run: Run, *, instead: str) -> Found:
         raise ConfigError(
             f"There is no reference {instead!r}; choose from 'nothing' and 'mean image'."
         )
-    values, figure = dict[str, Any](), None
+    values, figures = dict[str, Any](), dict[str, Figure]()
     for name in run.data:
         weights = [perceptual_weights(batch) for batch in run.batches(name)]
         other = mean_image(weights) if instead == "mean image" else None
@@ -160,5 +181,5 @@ def ablate(run: Run, *, instead: str) -> Found:
             seed=run.options.seed,
         )
         values[name] = asdict(result)
-        figure = ablations([result])
-    return Found(values, {}, figure)
+        figures[run.figure(name)] = ablations([result])
+    return Found(values, {}, figures)

@@ -26,15 +26,17 @@ def write_found(
         options: How examples were read.
     """
     values = {name: one.values for name, one in found.items()}
-    file = write_values(folder, what, values, options=asdict(options))
-    figures = {name: one.figure for name, one in found.items() if one.figure is not None}
+    figures = {name: figure for one in found.values() for name, figure in one.figures.items()}
     figures |= curves_figures(found, label, log=what == "norms")
+    drawn = {f"{what}-{name}.png": figure for name, figure in figures.items()}
+    file = write_values(folder, what, values, options=asdict(options), figures=list(drawn))
     for one in found.values():
+        yield from one.lines
         for name, curve in one.curves.items():
             ends = f"{curve.mean[0]:.3f} to {curve.mean[-1]:.3f}"
             yield f"{name}: mean {curve.average:.3f} over blocks {curve.layers[0]} to {curve.layers[-1]} ({ends})"
-    for name, figure in figures.items():
-        path = folder / f"{what}-{name}.png"
+    for name, figure in drawn.items():
+        path = folder / name
         save(figure, path)
         yield f"Written: {path}"
     yield f"Written: {file}"
