@@ -130,7 +130,7 @@ def known(
     unknown = [name for name in names if name not in models]
     if unknown:
         raise ConfigError(
-            f"{flag} {unknown[0]}: there is no such model; {named} gives {listing(models)}."
+            f"{flag} {unknown[0]}: there is no such model; {named} gives {listing(models) or 'none'}."
         )
 
 

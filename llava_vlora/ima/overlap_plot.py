@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from ..report.plots import new_figure
 from .overlap import Agreement, Overlap, Pairs
+from .view_plots import grid
 
 
 def layers_plot(overlap: Overlap, title: str) -> Figure:
@@ -21,7 +22,7 @@ def layers_plot(overlap: Overlap, title: str) -> Figure:
     names = [module.rpartition(".")[2] for module in modules]
     for axes, kind in zip(panels, ("IoU", "normalised IoU"), strict=True):
         _heat(axes, _values(found, kind), names, [str(b) for b in blocks])
-        axes.set_xlabel("block")
+        axes.set_xlabel("Block")
     mean = overlap.mean
     panels[0].set_title(
         f"{title}: IoU, mean {mean.iou:.3f}, chance {mean.chance:.3f}", fontsize=9.5, loc="left"
@@ -38,13 +39,14 @@ def layers_plot(overlap: Overlap, title: str) -> Figure:
 def pairs_plot(pairs: Pairs) -> Figure:
     """Mean overlap of each two masks, IoU and normalised IoU, with the numbers written in."""
     names = list(pairs.names)
-    side = 1.6 + 0.62 * len(names)
-    figure, panels = new_figure(2 * side, side, 2)
+    cells, written = 0.62 * max(2, len(names)), 0.08 * max(map(len, names))
+    figure, panels = grid(cells + written + 1.1, cells + 0.7 * written + 0.5, 2)
     found = [[_pair(pairs, a, b) for b in names] for a in names]
     for axes, kind in zip(panels, ("IoU", "normalised IoU"), strict=True):
         values = _values(found, kind)
         _heat(axes, values, names, names)
-        axes.tick_params(axis="x", labelrotation=45)
+        for label in axes.get_xticklabels():
+            label.set(rotation=45, ha="right", rotation_mode="anchor")
         for i, row in enumerate(values):
             for j, value in enumerate(row):
                 if not math.isnan(value):

@@ -15,6 +15,8 @@ from .correlation import Correlation
 from .curves import Curve
 from .embedding import Embedding
 
+#: Of lines, where there are more than colours.
+_STYLES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "^", "s", "D")
 _INK = "#1f2933"
 
@@ -36,9 +38,10 @@ def curve_plot(
     if not curves:
         raise IMAError("There is no curve to draw.")
     figure, (axes,) = new_figure(7.2, 3.8, 1)
-    for (name, curve), color in zip(curves.items(), cycle(PALETTE), strict=False):
+    looks = ((color, style) for style in cycle(_STYLES) for color in PALETTE)
+    for (name, curve), (color, style) in zip(curves.items(), looks, strict=False):
         alone = "o" if len(curve.layers) == 1 else None
-        axes.plot(curve.layers, curve.mean, color=color, label=name, lw=1.6, marker=alone)
+        axes.plot(curve.layers, curve.mean, color=color, ls=style, label=name, lw=1.6, marker=alone)
         if curve.std is not None:
             mean, std = np.array(curve.mean), np.array(curve.std)
             # A mean less its spread may be no number that a logarithm has.

@@ -24,7 +24,9 @@ _PAGE = 10.4
 #: Of a legend, at most.
 _COLUMNS = 8
 _REFERENCES = {"nothing": COLORS["vlora"], "mean image": COLORS["llava"]}
-_GROUPS = {
+#: Group of :class:`~.ablation.Row` -> what it is.
+GROUPS = {
+    "whole": "Whole weights",
     "all": "All weights removed",
     "without": "One removed",
     "alone": "One kept",
@@ -165,9 +167,7 @@ def ablations(results: Sequence[AblationResult]) -> Figure:
         axes.grid(False, axis="y")
     for i, (group, _) in enumerate(keys):
         if i == 0 or group != keys[i - 1][0]:
-            panels[0].text(
-                0, ticks[i] - 0.55, _GROUPS[group], fontsize=7.5, color=_INK, va="bottom"
-            )
+            panels[0].text(0, ticks[i] - 0.55, GROUPS[group], fontsize=7.5, color=_INK, va="bottom")
     panels[0].set_xlabel("Log-likelihood of the right answer: drop")
     panels[1].set_xlabel("Right answers, %")
     panels[1].axvline(100 * results[0].rows[0].accuracy, color=_INK, lw=1, ls=(0, (3, 2)),

@@ -18,6 +18,8 @@ from .collect import Report
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 COLORS = {"llava": "#0072B2", "vlora": "#D55E00", "blind": "#999999"}
 NAMES = {"llava": "LLaVA", "vlora": "VLoRA", "blind": "Blind (LLaVA without the image)"}
+#: Of figures as they are saved.
+DPI = 160
 _INK, GRID = "#1f2933", "#e4e7eb"
 _PARTS = {"vision": "vision tower", "connector": "connector", "prefill": "language model"}
 _PART_COLORS = {"vision": "#c3ccd5", "connector": "#E69F00", "prefill": "#56B4E9"}
@@ -122,7 +124,7 @@ def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format="png", dpi=160)
+    figure.savefig(partial, format="png", dpi=DPI)
     os.replace(partial, path)
 
 
