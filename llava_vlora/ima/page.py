@@ -32,6 +32,8 @@ _TITLES = {
 }
 #: Pixels of half a column, of an inch of a figure, and what is left of that on a narrow screen before it scrolls.
 _HALF, _INCH, _NARROW = 510, 100, 62
+#: Figures of one section beyond which further ones are folded.
+_SHOWN = 8
 _CSS = """
 h3 { font-size: 15px; margin: 24px 0 0; }
 .scroll { overflow-x: auto; }
@@ -125,12 +127,19 @@ def _plots(name: str, stated: Values, folder: Path) -> str:
         rest = file.stem.removeprefix(name).lstrip("-")
         caption = f"{rest} view" if rest in VIEWS else rest or _TITLES[name]
         shown.append(_sized(figure(file, caption), wide, several))
-    return f'<div class="plots">{"".join(shown)}</div>' if shown else ""
+    first, further = ("".join(part) for part in (shown[:_SHOWN], shown[_SHOWN:]))
+    made = f'<div class="plots">{first}</div>' if first else ""
+    if further:
+        made += (
+            f"<details><summary>{len(shown) - _SHOWN} more figures</summary>"
+            f'<div class="plots">{further}</div></details>'
+        )
+    return made
 
 
 def _inches(file: Path) -> float:
     with Image.open(file) as image:
-        return image.width / DPI
+        return float(image.width / DPI)
 
 
 def _small(inches: float) -> bool:

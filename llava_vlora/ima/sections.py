@@ -11,8 +11,8 @@ from .view_plots import GROUPS
 
 Values = Mapping[str, Any]
 
-#: Rows beyond which a table is folded.
-_LONG = 16
+#: Rows beyond which a table is folded, and tables of one section beyond which further ones are.
+_LONG, _SHOWN = 16, 2
 VIEWS = {
     "tokens": "the rows where the image stands in the sequence",
     "counterfactual": "the change that the image makes to each textual token, since there are no visual tokens",
@@ -77,23 +77,21 @@ def _each(models: Values) -> Iterator[tuple[str, str, Any]]:
 
 def score(models: Values) -> str:
     """Scores with intervals, of each data set where there are several."""
-    rows, views = [], dict[str, None]()
+    rows, seen, measures = [], dict[str, None](), dict[str, None]()
     for model, sets in models.items():
         one = sets["all"]
-        views[one["view"]] = None
-        measure = f"{one['sim']}, {one['pairs']} pairs, {one['perceptual_layer']} block"
+        seen[one["view"]] = None
+        measures[f"{one['sim']}, {one['pairs']} pairs, {one['perceptual_layer']} block"] = None
         scored = {"all": one["whole"]} if len(one["data_sets"]) > 1 else {}
         for data, found in (one["data_sets"] | scored).items():
             ends = found["interval"]
             span = _span(None if ends is None else (ends["low"], ends["high"]))
-            texts = (model, data, one["view"], measure)
-            rows.append(
-                [*map(escape, texts), number(found["score"]) + span, str(found["examples"])]
-            )
-    said = "; ".join(f"<b>{escape(v)}</b>, {VIEWS.get(v, 'another view')}" for v in views)
-    warning = " Scores of different views cannot be compared." if len(views) > 1 else ""
-    head = ["Model", "Data", "View", "Measure", "Score, 95 %", "Examples"]
-    return f"<p>What stands for perceptual tokens: {said}.{warning}</p>" + _table(head, rows, 4)
+            texts = map(escape, (model, data, one["view"]))
+            rows.append([*texts, number(found["score"]) + span, str(found["examples"])])
+    said = "; ".join(f"<b>{escape(v)}</b>, {VIEWS.get(v, 'another view')}" for v in seen)
+    warning = " Scores of different views cannot be compared." if len(seen) > 1 else ""
+    asked = f"<p>Measure: {escape('; '.join(measures))}. What stands for perceptual tokens: {said}.{warning}</p>"
+    return asked + _table(["Model", "Data", "View", "Score, 95 %", "Examples"], rows, 3)
 
 
 def curves(models: Values) -> str:
@@ -143,8 +141,11 @@ def views(models: Values) -> str:
             said = f"{escape(name)}<br><small>{_QUANTITIES.get(name, '')}</small>"
             rows.append([escape(one["view"]), said, *cells])
         counts = f"{found['examples']} examples, {found['overlap']['images']} images"
-        parts.append(f"<h3>{model}, {data}</h3><p class='soft'>{counts}</p>")
-        parts.append(_table(["View", "Quantity", *types], rows, 2))
+        made = _table(["View", "Quantity", *types], rows, 2)
+        if len(parts) <= _SHOWN:
+            parts.append(f"<h3>{model}, {data}</h3><p class='soft'>{counts}</p>{made}")
+        else:
+            parts.append(f"<details><summary>{model}, {data}: {counts}</summary>{made}</details>")
     return "".join(parts)
 
 
