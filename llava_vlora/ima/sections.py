@@ -233,7 +233,7 @@ def times(found: Values) -> str:
             cells = [str(one["rows"]["perceptual"]), time["part"], escape(plan_text(time["plan"]))]
             cells += [number(middle, 2) + _span(ends, 2), number(time["flops_ratio"], 2)]
             rows.append([*cells, number(1e3 * seconds)])
-    head = ["Visual tokens", "Part", "Skipped", "Time of the dense model's", "FLOPs", "Dense, ms"]
+    head = ["Visual tokens", "Part", "Skipped", "Time over dense", "FLOPs over dense", "Dense, ms"]
     notes["Time: median of the rounds, lowest and highest; FLOPs are computed."] = None
     said = "".join(f"<p class='soft'>{escape(note)}</p>" for note in notes)
     return said + _table(head, rows, 3)
