@@ -215,6 +215,7 @@ def test_times_of_trained_models(
         ([*vlora], "no perceptual tokens to skip"),
         ([*vlora, "--visual-tokens", 4], "leave --visual-tokens out"),
         ([*vlora, "--layers", 2], "--layers is for --shape"),
+        (["--model", f"m={models['mlp'].parent}/*-finetune"], "this verb takes one model"),
         (["--shape", "6b"], "no shape '6b'"),
         (["--visual-tokens", "0"], "give numbers of at least 1"),
         (["--visual-tokens", "many"], "--visual-tokens many: give numbers"),

@@ -96,6 +96,20 @@ def pairs(flag: str, given: Sequence[str]) -> dict[str, str]:
     return found
 
 
+def single(text: str) -> tuple[str, str]:
+    """Name and folder of a ``--model`` that stands for one.
+
+    Raises:
+        ConfigError: It stands for several, or as of :func:`pairs`.
+    """
+    from ..errors import ConfigError, listing
+
+    found = pairs("--model", [text])
+    if len(found) > 1:
+        raise ConfigError(f"--model {text} gives {listing(found)}; this verb takes one model.")
+    return next(iter(found.items()))
+
+
 def _folders(flag: str, name: str, pattern: str) -> list[tuple[str, str]]:
     """The folder itself, or those that fit its ``*``: numbered ones in the order of their numbers."""
     from ..errors import ConfigError

@@ -95,7 +95,7 @@ def _subject(args: argparse.Namespace) -> Subject:
 
     from ..errors import ConfigError
     from ..ima.skip_runs import of_checkpoint, of_shape
-    from .compare import pairs
+    from .compare import single
 
     device = chosen_device(args.device)
     if args.model is None:
@@ -104,5 +104,5 @@ def _subject(args: argparse.Namespace) -> Subject:
     for flag in ("layers", "dtype"):
         if getattr(args, flag) is not None:
             raise ConfigError(f"--{flag} is for --shape; a trained model is measured as it is.")
-    ((name, path),) = pairs("--model", [args.model]).items()
+    name, path = single(args.model)
     return of_checkpoint(name, path, args.model_base, device)

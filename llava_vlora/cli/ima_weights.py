@@ -100,10 +100,11 @@ def evaluate(args: argparse.Namespace) -> int:
     from ..evaluation.running import Place
     from ..ima.weight_runs import evaluate_pruned, evaluate_skipping
     from ..ima.writing import write_values
-    from .compare import known, pairs
+    from .compare import known, pairs, single
 
     beside = args.beside if args.what == "skip-eval" else []
-    (name, path), *others = pairs("--model", [args.model, *beside]).items()
+    name, path = single(args.model)
+    _, *others = pairs("--model", [args.model, *beside]).items()
     asked, console = evaluation(args, path, args.model_base, name), Console(highlight=False)
     if args.what == "prune-eval":
         found = evaluate_pruned(asked, args.mask, args.delta, console)

@@ -95,6 +95,11 @@ def views(run: Run) -> Found:
     """
     values, figures, lines = dict[str, Any](), dict[str, Figure](), list[str]()
     for name in run.data:
+        if len(set(run.images(name).values())) < 2:
+            raise IMAError(
+                f"{name} shows one image alone; images are compared, so give at least two images."
+            )
+    for name in run.data:
         found = _measure(run, name)
         values[name] = found.values()
         figures |= {f"{run.figure(name)}-{part}": one for part, one in found.figures().items()}
