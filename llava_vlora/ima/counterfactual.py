@@ -17,8 +17,9 @@ from ..decoder import decoder_layers
 from ..errors import IMAError
 from ..weights import PerceptualWeights
 from .layout import Batch, Role, View, where
+from .similarity import median
 from .states import POINTS, Example, Key, collect
-from .views import Measured, Running, cosine, median, perceptual_weights, wide
+from .views import Measured, Running, cosine, perceptual_weights, wide
 
 #: State -> the weight types that change it within their own block; others are changed from the next block on.
 _CHANGED_BY = {
@@ -161,10 +162,10 @@ def measure_changes(
         for point, layer in example.states:
             change, text = example.tokens(point, layer, "P"), example.text(point, layer)
             norms = change.norm(dim=-1), text.norm(dim=-1)
-            running.add("norm", layer, point, median(norms[0]))
-            running.add("text norm", layer, point, median(norms[1]))
-            running.add("norm ratio", layer, point, median(norms[0] / norms[1]))
+            running.add("norm", layer, point, float(median(norms[0])))
+            running.add("text norm", layer, point, float(median(norms[1])))
+            running.add("norm ratio", layer, point, float(median(norms[0] / norms[1])))
             if direction:
                 what = f"The change of {point!r} of block {layer} of example {example.name}"
-                running.add("cosine", layer, point, median(cosine(change, text, what)))
+                running.add("cosine", layer, point, float(median(cosine(change, text, what))))
     return running.results()

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from ..decoder import TARGETS, decoder_layers
 from ..weights import PerceptualWeights
 from .layout import Batch, Watch, run
+from .similarity import median
 from .states import place, watch
-from .views import Measured, Running, cosine, median, perceptual_weights, wide
+from .views import Measured, Running, cosine, perceptual_weights, wide
 
 #: Weight types whose output is added to the residual stream -> the state whose place has the stream before that.
 ENTERS = {"o": "ln1", "m": "ln2", "d": "ln2"}
@@ -122,5 +123,5 @@ class _Reading:
         self, u: Tensor, other: Tensor, name: str, letter: str, block: int, what: str
     ) -> None:
         ratio = u.norm(dim=-1) / other.norm(dim=-1)
-        self._running.add(f"u / {name}", block, letter, median(ratio))
-        self._running.add(f"cos(u, {name})", block, letter, median(cosine(u, other, what)))
+        self._running.add(f"u / {name}", block, letter, float(median(ratio)))
+        self._running.add(f"cos(u, {name})", block, letter, float(median(cosine(u, other, what))))

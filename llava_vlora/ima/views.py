@@ -193,11 +193,6 @@ def perceptual_weights(batch: Batch) -> PerceptualWeights:
     return batch.weights
 
 
-def median(values: Tensor) -> float:
-    """Median over tokens ``[t]``, the mean of the two in the middle where their number is even."""
-    return float(values.double().quantile(0.5))
-
-
 def cosine(first: Tensor, second: Tensor, what: str) -> Tensor:
     """Cosine of matching rows ``[t, d]`` -> ``[t]``.
 
