@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import LlamaForCausalLM
 
 from llava_vlora.errors import ConfigError, DataError, IMAError, UnsupportedDecoderError
 from llava_vlora.ima.curves import Curve, Moments, feed, pool
@@ -33,6 +33,7 @@ from llava_vlora.ima.vocabulary import (
     logit_lens,
     total_variation,
 )
+from tests.tiny import make_opt
 
 LAYERS = (0, 1, 2, 3)
 SIMS = ("avg", "mean", "median", "max", "min", "max_mean")
@@ -423,17 +424,7 @@ def test_the_lens_at_the_last_block_is_what_the_model_says(llm: LlamaForCausalLM
 
 
 def test_the_lens_of_other_decoders() -> None:
-    config = OPTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        ffn_dim=64,
-        num_attention_heads=4,
-        vocab_size=60,
-        word_embed_proj_dim=16,
-        max_position_embeddings=64,
-        do_layer_norm_before=True,
-    )
-    model = OPTForCausalLM(config).eval()
+    model = make_opt(word_embed_proj_dim=16)
     batch = text_batch(model)
     (found,) = collect(model, [batch])
     logits = model(**batch.inputs).logits[0]

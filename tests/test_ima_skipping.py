@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from llava_vlora.benchmarks import find
 from llava_vlora.decoder import decoder_layers
@@ -40,7 +40,7 @@ from llava_vlora.ima.skipping import skipping
 from llava_vlora.ima.states import Example, collect
 from llava_vlora.integration.api import Loaded, load, prompt_ids
 from llava_vlora.sceneqa import write_dataset
-from tests.tiny import COLOURS
+from tests.tiny import COLOURS, make_opt
 from tests.two_stacks import train_all, trained
 
 S, P, Q, A, PAD = Role.SYSTEM, Role.PERCEPTUAL, Role.QUESTION, Role.ANSWER, Role.PAD
@@ -82,19 +82,7 @@ def model(request: pytest.FixtureRequest, llm_dir: Path, mistral_dir: Path) -> A
 
 
 def opt() -> Any:
-    torch.manual_seed(0)
-    config = OPTConfig(
-        hidden_size=32,
-        num_hidden_layers=4,
-        ffn_dim=64,
-        num_attention_heads=4,
-        vocab_size=200,
-        word_embed_proj_dim=32,
-        max_position_embeddings=64,
-        init_std=0.2,
-        pad_token_id=0,
-    )
-    return OPTForCausalLM(config).eval()
+    return make_opt(num_hidden_layers=4, init_std=0.2)
 
 
 def prompts(side: str = "left") -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from llava_vlora.errors import ConfigError, DataError, IMAError
 from llava_vlora.ima.data import from_file, require_at_least
@@ -17,7 +17,7 @@ from llava_vlora.ima.layout import Batch, Role, run
 from llava_vlora.ima.preparing import Question, prepare
 from llava_vlora.ima.states import INNER, POINTS, Example, collect
 from llava_vlora.integration.api import Loaded, load, pixel_values
-from tests.tiny import COLOURS
+from tests.tiny import COLOURS, make_opt
 from tests.two_stacks import train_all, trained
 
 KINDS = ["mlp", "vlora"]
@@ -230,18 +230,7 @@ def plain(folder: Path) -> Iterator[Batch]:
 
 
 def test_any_decoder_of_transformers(llm_dir: Path) -> None:
-    torch.manual_seed(0)
-    config = OPTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        ffn_dim=64,
-        num_attention_heads=4,
-        vocab_size=200,
-        word_embed_proj_dim=32,
-        max_position_embeddings=64,
-        do_layer_norm_before=True,
-    )
-    model = OPTForCausalLM(config).eval()
+    model = make_opt()
     (example,) = collect(model, plain(llm_dir), points=list(POINTS))
     for layer in (1, 2):
         s = {point: example.states[point, layer] for point in POINTS}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM
 
 from llava_vlora.errors import ConfigError, IMAError
 from llava_vlora.ima.layout import Batch, Role, run
@@ -34,6 +34,7 @@ from llava_vlora.ima.wanda import (
 from llava_vlora.integration.api import Loaded, load
 from llava_vlora.merging import merged
 from tests.test_ima_states import plain, questions
+from tests.tiny import make_opt
 from tests.two_stacks import train_all, trained
 
 WIDTH = {"self_attn.q_proj": "ln1", "self_attn.k_proj": "ln1", "self_attn.v_proj": "ln1"}
@@ -203,16 +204,7 @@ def test_large_inputs_are_summed_in_float32(llm_dir: Path) -> None:
 
 def test_opt(llm_dir: Path) -> None:
     """Whose layers have other names and whose FFN reads a flat batch in older releases."""
-    config = OPTConfig(
-        hidden_size=32,
-        num_hidden_layers=2,
-        ffn_dim=64,
-        num_attention_heads=4,
-        vocab_size=200,
-        word_embed_proj_dim=32,
-        max_position_embeddings=64,
-    )
-    model = OPTForCausalLM(config).eval()
+    model = make_opt()
     norms = input_norms(model, plain(llm_dir))
     (example,) = collect(model, plain(llm_dir), points=["ln1", "ln2", "fc1"])
     assert [path for number, path in norms.squares if number == 1] == [

@@ -17,6 +17,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
 )
 
 IMAGE_SIZE, PATCH = 56, 14
@@ -94,6 +96,20 @@ def make_llm(folder: Path, family: str = "llama", kv_heads: int = 4, layers: int
     model.generation_config.pad_token_id = 0
     model.save_pretrained(folder)
     return folder
+
+
+def make_opt(**changes: object) -> OPTForCausalLM:
+    """A random OPT of 2 layers and width 32: other names of modules, biases, positions that are learnt."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = dict(
+        hidden_size=32,
+        num_hidden_layers=2,
+        ffn_dim=64,
+        num_attention_heads=4,
+        vocab_size=200,
+        max_position_embeddings=64,
+    )
+    return OPTForCausalLM(OPTConfig(**{**sizes, **changes})).eval()
 
 
 def make_tower(folder: Path) -> Path:
