@@ -6,7 +6,7 @@ import base64
 import binascii
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -126,6 +126,10 @@ class Need:
     """Of the published versions of a file, where its publisher states them."""
 
 
+#: A metric of the weights of all questions.
+Figure = Callable[[Mapping[Id, float]], float]
+
+
 class Benchmark(ABC):
     """One benchmark; a subclass in a file of its own describes it."""
 
@@ -150,12 +154,10 @@ class Benchmark(ABC):
     def score(self, samples: Sequence[Sample], answers: Mapping[Id, str]) -> Score:
         """Score one answer for each question."""
 
-    def headline(
-        self, samples: Sequence[Sample], credit: Mapping[Id, float], weights: Mapping[Id, float]
-    ) -> float | None:
-        """The headline metric with each question counted as often as its weight says; None if it is the mean credit.
+    def headline(self, samples: Sequence[Sample], credit: Mapping[Id, float]) -> Figure | None:
+        """The headline metric, of weights; None if it is the mean credit.
 
-        Questions about one image have one weight.
+        Weights say how often each question counts; questions about one image have one weight.
         """
         return None
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import DataError
-from .base import Benchmark, FilePicture, Id, Need, Sample, Score, by_category, weighted
+from .base import Benchmark, Figure, FilePicture, Id, Need, Sample, Score, by_category, weighted
 from .tables import json_lines, require
 
 PERCEPTION = (
@@ -85,11 +85,9 @@ class MME(Benchmark):
             )
         return samples
 
-    def headline(
-        self, samples: Sequence[Sample], credit: Mapping[Id, float], weights: Mapping[Id, float]
-    ) -> float:
+    def headline(self, samples: Sequence[Sample], credit: Mapping[Id, float]) -> Figure:
         """Perception."""
-        total = 0.0
+        tasks = []
         for task in (t for t in PERCEPTION if any(s.category == t for s in samples)):
             asked = [s for s in samples if s.category == task]
             right: dict[str, float] = {}
@@ -97,8 +95,10 @@ class MME(Benchmark):
                 image = sample.reference[0]
                 right[image] = min(right.get(image, 1.0), credit[sample.id])
             both = {s.id: right[s.reference[0]] for s in asked}
-            total += weighted(asked, credit, weights) + weighted(asked, both, weights)
-        return total
+            tasks.append((asked, both))
+        return lambda weights: sum(
+            (weighted(a, credit, weights) + weighted(a, both, weights) for a, both in tasks), 0.0
+        )
 
     def expected(self, sample: Sample) -> str:
         """The right answer."""

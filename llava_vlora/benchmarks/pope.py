@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import DataError
 from ..evaluation.pope import PopeScore, ScorerError, pope_score
-from .base import Benchmark, FilePicture, Id, Need, Sample, Score
+from .base import Benchmark, Figure, FilePicture, Id, Need, Sample, Score
 from .tables import Row, distinct, json_lines
 
 _QUESTIONS = "llava_pope_test.jsonl"
@@ -67,17 +67,24 @@ class Pope(Benchmark):
         """F1 of a coin: half of what it calls yes is right, and it finds half of what is there."""
         return 50.0
 
-    def headline(
-        self, samples: Sequence[Sample], credit: Mapping[Id, float], weights: Mapping[Id, float]
-    ) -> float:
+    def headline(self, samples: Sequence[Sample], credit: Mapping[Id, float]) -> Figure:
         """Mean F1 of the splits."""
-        found = []
-        for split in dict.fromkeys(s.category for s in samples):
-            asked = [s for s in samples if s.category == split]
-            hits = sum(weights[s.id] for s in asked if s.reference and credit[s.id])
-            misses = sum(weights[s.id] for s in asked if not credit[s.id])
-            found.append(100 * 2 * hits / (2 * hits + misses) if hits else 0.0)
-        return sum(found) / len(found)
+        splits: dict[str, tuple[list[Id], list[Id]]] = {}
+        for s in samples:
+            right, wrong = splits.setdefault(s.category, ([], []))
+            if not credit[s.id]:
+                wrong.append(s.id)
+            elif s.reference:
+                right.append(s.id)
+
+        def figure(weights: Mapping[Id, float]) -> float:
+            found = []
+            for right, wrong in splits.values():
+                hits, misses = (sum(weights[i] for i in ids) for ids in (right, wrong))
+                found.append(100 * 2 * hits / (2 * hits + misses) if hits else 0.0)
+            return sum(found) / len(found)
+
+        return figure
 
     def expected(self, sample: Sample) -> str:
         """The right answer."""

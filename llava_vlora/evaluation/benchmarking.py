@@ -304,14 +304,13 @@ def _headline_interval(
 ) -> list[float] | None:
     """95 % of a headline that is not the mean credit, by drawing images; None where it is, or has no such rule."""
     scored = [s for s in samples if s.id in score.credit]
-    even = dict.fromkeys(score.credit, 1.0)
-    if not scored or benchmark.headline(scored, score.credit, even) is None:
+    headline = benchmark.headline(scored, score.credit)
+    if not scored or headline is None:
         return None
     clusters = [("no image", s.id) if s.image is None else s.image.name for s in scored]
 
     def figure(counts: Sequence[float]) -> float:
-        weights = {s.id: w for s, w in zip(scored, counts, strict=True)}
-        return benchmark.headline(scored, score.credit, weights) or 0.0
+        return headline({s.id: w for s, w in zip(scored, counts, strict=True)})
 
     interval = clustered_figure(figure, clusters, seed=0)
     return None if interval is None else [interval.low, interval.high]
