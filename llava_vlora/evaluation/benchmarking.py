@@ -22,7 +22,7 @@ from ..benchmarks.base import Benchmark, FilePicture, Sample, Score
 from ..demo.process import progress_bar
 from ..errors import ConfigError, DataError
 from ..integration import api
-from ..integration.checkpoint import inspect_checkpoint
+from ..integration.checkpoint import Checkpoint, inspect_checkpoint
 from .answer_log import AnswerLog, part_files, set_aside
 from .files import alone, is_model_name, require_writable, write_json
 from .fingerprint import fingerprint, run_key
@@ -68,6 +68,13 @@ class Evaluation:
                 f"The model's name {self.label!r} cannot stand in names of files: give --name with letters, digits and "
                 "-_.+=, which does not end in .blind or .part0."
             )
+
+    @functools.cached_property
+    def checkpoint(self) -> Checkpoint | None:
+        """The model's folder, looked at once; None of a name on the hub. ``CheckpointError`` if it is none."""
+        if not Path(self.model).expanduser().is_dir():
+            return None
+        return inspect_checkpoint(self.model)
 
     def asking(self, benchmark: Benchmark) -> Asking:
         """How the model is asked."""
@@ -177,8 +184,8 @@ def weights_of(evaluation: Evaluation) -> str:
         ConfigError: The model reads no images, and is to see some.
     """
     tower = None
-    if Path(evaluation.model).expanduser().is_dir():
-        checkpoint = inspect_checkpoint(evaluation.model)
+    checkpoint = evaluation.checkpoint
+    if checkpoint is not None:
         if evaluation.see and not checkpoint.multimodal:
             raise ConfigError(
                 f"{evaluation.name} ({evaluation.model}) is a plain language model, which reads no images; ask it "
@@ -259,12 +266,13 @@ def _open(
 def _write(
     evaluation: Evaluation, benchmark: Benchmark, samples: Sequence[Sample], score: Score, key: str
 ) -> None:
+    checkpoint = evaluation.checkpoint
     stated: dict[str, Any] = {
         "benchmark": benchmark.name,
         "title": benchmark.title,
         "citation": benchmark.citation,
         "model": {"name": evaluation.label, "path": evaluation.model, "base": evaluation.base},
-        "vlora": _is_vlora(evaluation.model),
+        "vlora": checkpoint is not None and checkpoint.vlora,
         "run": key,
         "variant": None if evaluation.variant is None else evaluation.variant.key,
         "asking": asdict(evaluation.asking(benchmark)) | {"bits": evaluation.bits},
@@ -293,10 +301,6 @@ def _write(
         "machine": provenance.machine(),
     }
     write_json(evaluation.file(benchmark, ".score.json"), stated)
-
-
-def _is_vlora(model: str) -> bool:
-    return Path(model).expanduser().is_dir() and inspect_checkpoint(model).vlora
 
 
 def _headline_interval(
