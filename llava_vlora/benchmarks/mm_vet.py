@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from .base import Id, Need, Sample
-from .question_files import EVAL_ZIP, ScoredElsewhere, write_upload
+from .question_files import EVAL_ZIP, ScoredElsewhere
 
 
 class MMVet(ScoredElsewhere):
@@ -25,9 +24,6 @@ class MMVet(ScoredElsewhere):
         Need(images, "images", "github.com/yuweihao/MM-Vet, mm-vet.zip", 200),
     )
 
-    def export(
-        self, samples: Sequence[Sample], answers: Mapping[Id, str], folder: Path, model: str
-    ) -> list[Path]:
+    def upload(self, samples: Sequence[Sample], answers: Mapping[Id, str]) -> object:
         """Answers by the names of the notebook."""
-        rows = {f"v1_{s.id}": answers[s.id] for s in samples}
-        return [write_upload(folder / f"{model}.upload.json", rows)]
+        return {f"v1_{s.id}": answers[s.id] for s in samples}

@@ -56,8 +56,16 @@ class ScoredElsewhere(QuestionFile):
         """No score: it is given elsewhere."""
         return Score({}, notes=(self.where,))
 
+    def upload(self, samples: Sequence[Sample], answers: Mapping[Id, str]) -> object:
+        """What the server or judge reads as JSON; None where LLaVA's answer file serves."""
+        return None
 
-def write_upload(path: Path, value: object) -> Path:
-    """Write a file for a server or judge as JSON."""
-    write_text(path, json.dumps(value))
-    return path
+    def export(
+        self, samples: Sequence[Sample], answers: Mapping[Id, str], folder: Path, model: str
+    ) -> list[Path]:
+        """Write the upload file, if there is one."""
+        value, path = self.upload(samples, answers), folder / f"{model}.upload.json"
+        if value is None:
+            return []
+        write_text(path, json.dumps(value))
+        return [path]

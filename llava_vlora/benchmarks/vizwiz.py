@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from .base import Id, Need, Sample
-from .question_files import EVAL_ZIP, ScoredElsewhere, write_upload
+from .question_files import EVAL_ZIP, ScoredElsewhere
 
 
 class VizWiz(ScoredElsewhere):
@@ -24,11 +23,8 @@ class VizWiz(ScoredElsewhere):
         Need(images, "images", "vizwiz.cs.colorado.edu/VizWiz_final/images/test.zip", 8000),
     )
 
-    def export(
-        self, samples: Sequence[Sample], answers: Mapping[Id, str], folder: Path, model: str
-    ) -> list[Path]:
+    def upload(self, samples: Sequence[Sample], answers: Mapping[Id, str]) -> object:
         """Normalised answers by image."""
         from ..integration.scorers import vqa_normalised
 
-        rows = [{"image": s.reference, "answer": vqa_normalised(answers[s.id])} for s in samples]
-        return [write_upload(folder / f"{model}.upload.json", rows)]
+        return [{"image": s.reference, "answer": vqa_normalised(answers[s.id])} for s in samples]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .base import Id, Need, Sample
-from .question_files import EVAL_ZIP, ScoredElsewhere, write_upload
+from .question_files import EVAL_ZIP, ScoredElsewhere
 from .tables import json_lines
 
 
@@ -37,14 +37,11 @@ class VQAv2(ScoredElsewhere):
         ]
         return super().read(root)
 
-    def export(
-        self, samples: Sequence[Sample], answers: Mapping[Id, str], folder: Path, model: str
-    ) -> list[Path]:
+    def upload(self, samples: Sequence[Sample], answers: Mapping[Id, str]) -> object:
         """Normalised answers, empty ones for what is not of test-dev."""
         from ..integration.scorers import vqa_normalised
 
-        rows = [
+        return [
             {"question_id": i, "answer": vqa_normalised(answers[i]) if i in answers else ""}
             for i in self._split
         ]
-        return [write_upload(folder / f"{model}.upload.json", rows)]
