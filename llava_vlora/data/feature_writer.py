@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FeaturesError
+from ..evaluation.files import sync, write_text
 from .feature_index import (
     DTYPES,
     INDEX,
@@ -89,7 +90,7 @@ class FeatureWriter:
         every = {n: why for n, why in {**self._broken, **broken}.items() if n not in have}
         content = json.dumps(to_json(Index(self.recipe, self.shards, every)))
         with _named(self.folder):
-            _write_synced(self.folder / INDEX, content)
+            write_text(self.folder / INDEX, content)
         (self.folder / JOURNAL).unlink(missing_ok=True)
 
     def flush(self) -> None:
@@ -180,11 +181,11 @@ class FeatureWriter:
             save_file({TENSOR: rows}, str(part))
             # Newer releases of safetensors keep the file to its owner, whatever the umask says.
             part.chmod((self.folder / JOURNAL).stat().st_mode)
-            _sync(part)
+            sync(part)
             images = [i._replace(digest=d) for i, d in zip(images, digests, strict=True)]
             shard = Shard(path.name, part.stat().st_size, file_digest(part), images)
             part.replace(path)
-            _sync(self.folder)
+            sync(self.folder)
             with (self.folder / JOURNAL).open("a", encoding="utf-8") as journal:
                 journal.write(json.dumps(shard_json(shard)) + "\n")
                 journal.flush()
@@ -196,7 +197,7 @@ class FeatureWriter:
         head = to_json(Index(self.recipe, [], {}))
         lines = [head, *map(shard_json, self.shards)]
         with _named(self.folder):
-            _write_synced(self.folder / JOURNAL, "".join(json.dumps(line) + "\n" for line in lines))
+            write_text(self.folder / JOURNAL, "".join(json.dumps(line) + "\n" for line in lines))
         self._begun = True
 
 
@@ -280,23 +281,3 @@ def _named(folder: Path) -> Iterator[None]:
         raise FeaturesError(
             f"{folder} cannot be written to ({error}); what is complete stays. Make room and run the command again."
         ) from error
-
-
-def _write_synced(path: Path, text: str) -> None:
-    part = path.with_name(path.name + _PART)
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows opens no folders
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

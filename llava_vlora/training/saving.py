@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ..data.sizes import size_text
 from ..errors import CheckpointError
+from ..evaluation.files import sync
 
 MANIFEST = "manifest.json"
 STATE = "trainer_state.json"
@@ -72,24 +73,14 @@ def publish_folder(unfinished: Path, folder: Path) -> None:
     """Flush the files of a folder and give it a name that is not taken."""
     files = [path for path in unfinished.rglob("*") if path.is_file()]
     for path in [*files, *_folders(unfinished)]:
-        _flush(path)
+        sync(path)
     os.rename(unfinished, folder)
-    _flush(folder.parent)
+    sync(folder.parent)
 
 
 def _folders(folder: Path) -> Iterator[Path]:
     yield folder
     yield from (path for path in folder.rglob("*") if path.is_dir())
-
-
-def _flush(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows cannot open folders
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def problem(folder: Path) -> str | None:
