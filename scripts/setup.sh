@@ -45,7 +45,8 @@ step() {
 python=$(find_python)
 # The folder belongs to the stamp because an environment does not survive a move.
 stamp=$( (pwd; "$python" -VV
-    cat "$constraints" setup.cfg pyproject.toml scripts/setup.sh scripts/lmms-eval.txt) |
+    cat "$constraints" setup.cfg pyproject.toml scripts/setup.sh scripts/lmms-eval.txt \
+        scripts/scikit-learn.txt) |
     "$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
 if [ "$(cat "$venv/setup.stamp" 2>/dev/null)" = "$stamp" ]; then
     echo "setup $stack: $venv is up to date"
@@ -59,10 +60,12 @@ step "make $venv with $("$python" --version)" "$python" -m venv "$venv"
 step "install torch" "${pip[@]}" torch==2.13.0
 step "install llava-vlora and its dependencies" "${pip[@]}" -e ".[$extras]"
 step "install $llava without its pins" "${pip[@]}" --no-deps "$llava"
-if [ "$stack" = current ]; then
-    # In a folder of its own, for its tests alone: transformers imports more where it finds datasets.
-    step "install lmms-eval beside" "${pip[@]}" --no-deps --target "$venv/lmms-eval" \
-        -r scripts/lmms-eval.txt
-fi
+# In folders of their own, for their tests alone: transformers imports datasets and scikit-learn where it finds
+# them, in every process.
+beside=(scikit-learn)
+if [ "$stack" = current ]; then beside+=(lmms-eval); fi
+for name in "${beside[@]}"; do
+    step "install $name beside" "${pip[@]}" --no-deps --target "$venv/$name" -r "scripts/$name.txt"
+done
 echo "$stamp" >"$venv/setup.stamp"
 echo "setup $stack: done, use $venv/bin/llava-vlora"

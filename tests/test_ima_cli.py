@@ -24,7 +24,7 @@ from llava_vlora.integration.api import load
 from tests.test_benchmarks import make_pope
 from tests.test_compare import write_scores
 from tests.test_evaluation import paint
-from tests.two_stacks import train_all, trained
+from tests.two_stacks import find_scikit_learn, train_all, trained
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +87,21 @@ def test_examples_in_the_plane(models: dict[str, Path], data_dir: Path, tmp_path
     assert len(found["x"]) == 8
     assert found["layer"] == 4
     assert (tmp_path / "tsne-mlp.png").is_file()
+
+
+def test_t_sne_of_few_examples_needs_a_smaller_perplexity(
+    models: dict[str, Path],
+    data_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    find_scikit_learn(monkeypatch)
+    assert ima("tsne", models, data_dir, tmp_path, only="mlp") == 2
+    assert "t-SNE of 8 points needs a perplexity above 0 and below 8" in capsys.readouterr().err
+    assert ima("tsne", models, data_dir, tmp_path, "--perplexity", 3, only="mlp") == 0
+    found = read(tmp_path / "tsne.json")["models"]["mlp"]["all"]
+    assert (found["method"], len(found["y"])) == ("tsne", 8)
 
 
 def test_collected_states_can_be_read(

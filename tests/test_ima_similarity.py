@@ -34,6 +34,7 @@ from llava_vlora.ima.vocabulary import (
     total_variation,
 )
 from tests.tiny import make_opt
+from tests.two_stacks import find_scikit_learn
 
 LAYERS = (0, 1, 2, 3)
 SIMS = ("avg", "mean", "median", "max", "min", "max_mean")
@@ -511,8 +512,8 @@ def test_principal_components() -> None:
     assert json.loads(json.dumps(asdict(found)))["layer"] == 3
 
 
-def test_t_sne() -> None:
-    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+def test_t_sne(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_scikit_learn(monkeypatch)
     some = examples(6)
     found = embed_2d({"a": some[:3], "b": some[3:]}, 2, perplexity=3)
     assert len(found.x) == 12
@@ -520,20 +521,22 @@ def test_t_sne() -> None:
     assert found == embed_2d({"a": some[:3], "b": some[3:]}, 2, perplexity=3)
     every = embed_2d({"a": some[:3]}, 2, perplexity=3, tokens="all")
     assert len(every.x) == sum(int(e.roles.shape[0]) - 1 for e in some[:3])
-    with pytest.raises(
-        ConfigError, match=r"t-SNE of 12 points needs a perplexity below 12, not 30"
-    ):
-        embed_2d({"a": some}, 2)
+    for perplexity in (0, 12, 30):
+        message = rf"t-SNE of 12 points needs a perplexity above 0 and below 12, not {perplexity}:"
+        with pytest.raises(ConfigError, match=message):
+            embed_2d({"a": some}, 2, perplexity=perplexity)
 
 
 def test_t_sne_without_scikit_learn_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    unread = iter(examples(3))
     with pytest.raises(ConfigError, match=r"t-SNE needs scikit-learn.*or use method='pca'"):
-        embed_2d({"a": examples(3)}, 2)
+        embed_2d({"a": unread}, 2)
+    assert len(list(unread)) == 3
     with pytest.raises(ConfigError, match=r"choose method from 'tsne', 'pca'"):
         embed_2d({"a": examples(3)}, 2, method="umap")  # type: ignore[arg-type]
     with pytest.raises(IMAError, match=r"2 points have no arrangement"):
-        embed_2d({"a": examples(1)}, 2)
+        embed_2d({"a": examples(1)}, 2, method="pca")
 
 
 # --- figures and JSON ------------------------------------------------------------------------------

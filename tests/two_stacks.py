@@ -243,6 +243,12 @@ def trained(data: Path) -> Path:
     return data.parent / f"trained-on-{data.name}"
 
 
+def find_scikit_learn(patch: pytest.MonkeyPatch) -> None:
+    """Let a test import scikit-learn, which is not among the packages of the environment."""
+    patch.syspath_prepend(Path(sys.prefix) / "scikit-learn")
+    pytest.importorskip("sklearn", reason="scikit-learn is not here: scripts/setup.sh brings it")
+
+
 def other_python() -> str:
     """The interpreter of the other stack; skips the test where there is none."""
     named = os.environ.get("LLAVA_VLORA_OTHER_PYTHON")

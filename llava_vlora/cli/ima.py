@@ -84,6 +84,12 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         if name == "tsne":
             own.add_argument("--method", default="tsne", help="tsne (default) or pca")
             own.add_argument("--block", type=int, help="default: the last")
+            own.add_argument(
+                "--perplexity",
+                type=float,
+                default=30,
+                help="about the neighbours of a point (default: 30)",
+            )
         if name == "wanda":
             add_mask_arguments(own)
         if name == "ablate":
@@ -227,7 +233,9 @@ def _call(args: argparse.Namespace) -> Callable[[Run], Found]:
         "vocab": runs.vocabulary,
     }
     if args.what == "tsne":
-        return lambda one: runs.plane(one, method=args.method, layer=args.block)
+        return lambda one: runs.plane(
+            one, method=args.method, layer=args.block, perplexity=args.perplexity
+        )
     if args.what == "ablate":
         from ..ima.weight_runs import ablate
 

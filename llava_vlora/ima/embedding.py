@@ -68,6 +68,10 @@ def embed_2d(
             f"method={method!r}, tokens={tokens!r}: choose method from {listing(['tsne', 'pca'])} and tokens from "
             f"{listing(['mean', 'all'])}."
         )
+    if method == "tsne" and importlib.util.find_spec("sklearn") is None:
+        raise ConfigError(
+            "t-SNE needs scikit-learn, which is not installed: pip install llava-vlora[ima], or use method='pca'."
+        )
     views, rows, of = Layers(point), list[Tensor](), list[tuple[str, str, str]]()
     for label, examples in data_sets.items():
         for example in examples:
@@ -101,13 +105,10 @@ def _pca(points: Tensor) -> tuple[Tensor, tuple[float, float]]:
 
 
 def _tsne(points: Tensor, perplexity: float, seed: int) -> Tensor:
-    if importlib.util.find_spec("sklearn") is None:
+    if not 0 < perplexity < len(points):
         raise ConfigError(
-            "t-SNE needs scikit-learn, which is not installed: pip install scikit-learn, or use method='pca'."
-        )
-    if perplexity >= len(points):
-        raise ConfigError(
-            f"t-SNE of {len(points)} points needs a perplexity below {len(points)}, not {perplexity:g}."
+            f"t-SNE of {len(points)} points needs a perplexity above 0 and below {len(points)}, not "
+            f"{perplexity:g}: give another one, or more examples."
         )
     from sklearn.manifold import TSNE
 

@@ -208,13 +208,14 @@ def vocabulary(run: Run) -> Found:
     return Found(values, curves)
 
 
-def plane(run: Run, *, method: str, layer: int | None) -> Found:
+def plane(run: Run, *, method: str, layer: int | None, perplexity: float) -> Found:
     """Mean tokens of each example in the plane."""
     layer = run.blocks() if layer is None else layer
     found: Embedding = embed_2d(
         {name: run.states(name) for name in run.data},
         layer,
         method=method,  # type: ignore[arg-type]
+        perplexity=perplexity,
         seed=run.options.seed,
     )
     return Found({"all": asdict(found)}, {}, {run.name: embedding_plot(found)})
