@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,14 @@ from llava_vlora.data.feature_writer import check_space, writing
 from llava_vlora.data.features import Features
 from llava_vlora.data.sizes import parse_size, size_text
 from llava_vlora.errors import ConfigError, FeaturesError, ImageError
+from llava_vlora.integration.extraction import (
+    Options,
+    TowerSettings,
+    extract,
+    leave_quietly,
+    open_tower,
+    recipe_of,
+)
 from tests.test_llava_generation import pictures, prompt
 from tests.tiny import IMAGE_SIZE, make_vlora, trainer, training_command
 from tests.two_stacks import Finished, environment, run_modules, run_processes, succeeded
@@ -349,8 +358,9 @@ def test_killed_run_goes_on(make: Make, data: Path, tower_dir: Path) -> None:
 
 
 def test_interrupt_ends_at_once_and_leaves_no_process(data: Path, tower_dir: Path) -> None:
-    for i in range(300):
-        noise(data / "images" / f"{i}.png", 300, 300, i)
+    noise(data / "images/0.png", 300, 300, 0)
+    for i in range(1, 300):
+        shutil.copy(data / "images/0.png", data / "images" / f"{i}.png")
     write(data / "data.json", [f"{i}.png" for i in range(300)])
     words = [data / "data.json", "--image-folder", data / "images", "--vision-tower", tower_dir]
     words += ["--out", data / "features", "--workers", 2, "--batch-size", 4]
@@ -375,6 +385,80 @@ def test_interrupt_ends_at_once_and_leaves_no_process(data: Path, tower_dir: Pat
     assert "Traceback" not in errors
     with pytest.raises(ProcessLookupError):
         os.killpg(child.pid, 0)
+
+
+Advance = Callable[[int, dict[str, str]], object]
+
+
+@pytest.fixture
+def extraction(data: Path, tower_dir: Path) -> Iterator[Callable[[Advance], dict[str, str]]]:
+    """Reads twelve images in two processes, three at a time."""
+    names = [f"{i}.png" for i in range(12)]
+    for i, name in enumerate(names):
+        noise(data / "images" / name, 60, 60, i)
+    tower = open_tower(TowerSettings(str(tower_dir)))
+    options = Options(data / "images", torch.device("cpu"), batch_size=3, workers=2)
+    recipe = recipe_of(tower, "pad", "float32")
+    with writing(data / "features", recipe, ROW * 100) as writer:
+        yield lambda advance: extract(tower, names, writer, options, advance)
+
+
+def test_interrupt_ends_the_readers_before_it_goes_on(
+    extraction: Callable[[Advance], object],
+) -> None:
+    """Not when the last reference to them goes, which the traceback still has here."""
+    readers = []
+
+    def interrupt(count: int, faults: dict[str, str]) -> None:
+        readers.extend(multiprocessing.active_children())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as raised:
+        extraction(interrupt)
+    assert raised.tb is not None
+    assert [reader.is_alive() for reader in readers] == [False, False]
+
+
+def test_interrupt_while_readers_start_ends_them_too(
+    extraction: Callable[[Advance], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, readers = DataLoader.__iter__, []
+
+    def interrupted(loader: DataLoader[Any]) -> Any:
+        found = start(loader)
+        readers.extend(multiprocessing.active_children())
+        signal.raise_signal(signal.SIGINT)
+        return found
+
+    monkeypatch.setattr(DataLoader, "__iter__", interrupted)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        extraction(lambda count, faults: pytest.fail("nothing was read yet"))
+    assert raised.tb is not None
+    assert [reader.is_alive() for reader in readers] == [False, False]
+
+
+def test_readers_never_get_an_interrupt(extraction: Callable[[Advance], dict[str, str]]) -> None:
+    """A terminal's goes to all processes; this one decides what it means."""
+    counts = []
+
+    def interrupt(count: int, faults: dict[str, str]) -> None:
+        counts.append(count)
+        for reader in multiprocessing.active_children():
+            os.kill(reader.pid or 0, signal.SIGINT)
+
+    assert extraction(interrupt) == {}
+    assert counts == [3, 3, 3, 3]
+
+
+def test_readers_say_nothing_of_a_parent_that_fetches_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = []
+    monkeypatch.setattr(sys, "excepthook", lambda *error: told.append(error[0]))
+    leave_quietly(0)
+    for kind in (ConnectionResetError, BrokenPipeError, EOFError, OSError, ValueError):
+        sys.excepthook(kind, kind(), None)
+    assert told == [OSError, ValueError]
 
 
 def test_another_data_file_adds_its_images(make: Make, data: Path) -> None:

@@ -162,7 +162,7 @@ class _Images(Dataset[Any]):
             return entry, f"{path}: {error or type(error).__name__}"
 
 
-def _leave_quietly(worker: int) -> None:
+def leave_quietly(worker: int) -> None:
     """In a process that reads images: an interrupted parent fetches no more batches, which is no error to print."""
     stock = sys.excepthook
 
@@ -248,12 +248,12 @@ def _batches(data: _Images, options: Options) -> Generator[Any, None, None]:
             options.batch_size,
             num_workers=options.workers,
             collate_fn=_collate,
-            worker_init_fn=_leave_quietly,
+            worker_init_fn=leave_quietly,
             pin_memory=options.device.type == "cuda",
         )
         with interrupts_held():  # Ctrl-C is for this process, which ends the others
             batches = iter(loader)
-        stack.callback(getattr(batches, "_shutdown_workers", lambda: None))
+            stack.callback(getattr(batches, "_shutdown_workers", lambda: None))
         while True:
             try:
                 batch = next(batches)
