@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Checks everything: scripts/test.sh [--fast] [pytest arguments]
-# Lint and types once, then the tests on both stacks. --fast or LLAVA_VLORA_FAST=1 leaves out slow tests.
+# Lint and types once, then the tests on both stacks, those marked one_stack on the current one. --fast or
+# LLAVA_VLORA_FAST=1 leaves out slow tests.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -11,7 +12,11 @@ if [ "${1:-}" = --fast ]; then
 fi
 # Work stealing gives each worker a block of tests, so that fixtures of a module are made once.
 pytest_args=(-q -p no:cacheprovider -n 2 --dist worksteal --durations=12)
-if [ "$fast" = 1 ]; then pytest_args+=(-m "not slow"); fi
+marks="not one_stack"
+if [ "$fast" = 1 ]; then
+    pytest_args+=(-m "not slow")
+    marks="$marks and not slow"
+fi
 
 # Two workers on two cores: more threads each would only fight.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLBACKEND=Agg
@@ -28,7 +33,8 @@ bash scripts/setup.sh pinned || exit 1
 check "ruff check" .venv/bin/ruff check .
 check "ruff format" .venv/bin/ruff format --check .
 check "mypy" .venv/bin/mypy
-check "tests, pinned stack" .venv-pinned/bin/python -m pytest "${pytest_args[@]}" "$@" </dev/null
+check "tests, pinned stack" .venv-pinned/bin/python -m pytest "${pytest_args[@]}" -m "$marks" "$@" \
+    </dev/null
 check "tests, current stack" .venv/bin/python -m pytest "${pytest_args[@]}" "$@" </dev/null
 # A report to read, not a test: times on a shared machine say little, and nothing is asserted.
 if [ "$fast" != 1 ]; then

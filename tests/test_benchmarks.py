@@ -23,6 +23,8 @@ from llava_vlora.benchmarks.tables import Row, distinct, tab_separated
 from llava_vlora.cli import main
 from llava_vlora.errors import ConfigError, DataError, ImageError
 
+pytestmark = pytest.mark.one_stack
+
 WORD = "\nAnswer the question using a single word or phrase."
 
 

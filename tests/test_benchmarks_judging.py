@@ -28,6 +28,8 @@ from llava_vlora.errors import DataError
 from tests.test_benchmarks import WORD, answers, assert_named, encoded, make_mmbench
 from tests.test_benchmarks_reading import table
 
+pytestmark = pytest.mark.one_stack
+
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 #: Two figures of two questions; a set without a figure (0) and with one; the truth of each.

@@ -21,6 +21,8 @@ from llava_vlora.errors import ImageError
 from llava_vlora.sceneqa import write_dataset
 from tests.test_benchmarks import WORD, answers, assert_named, encoded, spoil
 
+pytestmark = pytest.mark.one_stack
+
 
 def table(path: Path, rows: list[list[str]]) -> None:
     """As pandas writes it: cells with quotes or several lines stand in quotes."""

@@ -10,6 +10,8 @@ import pytest
 from llava_vlora.config import DERIVED_KEYS, VLoRAConfig, check_derived, parse_layers
 from llava_vlora.errors import ConfigError
 
+pytestmark = pytest.mark.one_stack
+
 #: A released checkpoint's keys, by the public code's names.
 PUBLIC_KEYS = {
     "vlora_dim": 512,

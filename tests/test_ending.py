@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.one_stack
+
 # What stands for threads that cannot survive the interpreter's shutdown.
 _PROGRAM = """
 import atexit, os, sys

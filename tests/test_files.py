@@ -9,6 +9,8 @@ import pytest
 
 from llava_vlora.evaluation.files import write_text
 
+pytestmark = pytest.mark.one_stack
+
 
 def test_a_file_is_on_the_disk_before_it_has_its_name_and_its_name_before_the_call_returns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

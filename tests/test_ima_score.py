@@ -20,6 +20,8 @@ from llava_vlora.ima.states import Example
 from llava_vlora.ima.store import write_store
 from tests.test_ima_similarity import LAYERS, brute, examples
 
+pytestmark = pytest.mark.one_stack
+
 # --- the score -------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,8 @@ import pytest
 import llava_vlora
 from llava_vlora.cli import main
 
+pytestmark = pytest.mark.one_stack
+
 REPOSITORY = Path(__file__).parents[1]
 
 

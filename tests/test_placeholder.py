@@ -18,6 +18,8 @@ from llava_vlora.placeholder import (
     gap_positions,
 )
 
+pytestmark = pytest.mark.one_stack
+
 Padding = Literal["none", "left", "right"]
 RULES: tuple[Placeholder, ...] = ("gap", "contiguous")
 SIDES: tuple[Literal["keep", "left"], ...] = ("keep", "left")

@@ -6,6 +6,10 @@ import json
 import runpy
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.one_stack
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

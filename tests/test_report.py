@@ -30,6 +30,8 @@ from llava_vlora.report.heat import mean_over_types, peak_over_even
 from llava_vlora.report.summary import print_summary
 from llava_vlora.sceneqa import write_dataset
 
+pytestmark = pytest.mark.one_stack
+
 QUESTIONS = [Question(i, f"{i // 2}.png", "How many?", "ab"[i % 2]) for i in range(6)]
 
 

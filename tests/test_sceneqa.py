@@ -30,6 +30,8 @@ from llava_vlora.sceneqa.render import render
 from llava_vlora.sceneqa.scene import SPLITS, Scene, SceneObject, sample_scene
 from llava_vlora.sceneqa.score import blind_levels
 
+pytestmark = pytest.mark.one_stack
+
 SMALL = scene_size("small")
 SCENE = Scene(
     SMALL,

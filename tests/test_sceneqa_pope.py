@@ -16,6 +16,8 @@ from llava_vlora.sceneqa import SceneQAError, scene_size, write_pope
 from llava_vlora.sceneqa.render import render
 from llava_vlora.sceneqa.scene import Scene, sample_scene
 
+pytestmark = pytest.mark.one_stack
+
 IMAGES = 12
 
 

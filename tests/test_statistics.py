@@ -20,6 +20,8 @@ from llava_vlora.evaluation.statistics import (
     wilson_interval,
 )
 
+pytestmark = pytest.mark.one_stack
+
 
 @pytest.mark.parametrize(("successes", "total"), [(0, 5), (5, 5), (1, 3), (37, 120), (999, 1000)])
 def test_wilson_interval_agrees_with_scipy(successes: int, total: int) -> None:

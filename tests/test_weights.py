@@ -15,6 +15,8 @@ from torch import Tensor
 from llava_vlora.errors import CheckpointError, WeightsError
 from llava_vlora.weights import Factors, PerceptualWeights
 
+pytestmark = pytest.mark.one_stack
+
 ROWS, LAYERS, RANK = 3, (1, 3), 2
 #: Input and output width of each type; k is rectangular, as under grouped-query attention.
 WIDTHS = {"q": (6, 6), "k": (6, 4), "m": (6, 6)}
