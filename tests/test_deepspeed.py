@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,31 +46,33 @@ def train(
     return done
 
 
+Engines = Callable[[str | None], tuple[Finished, Path]]
+
+
 @pytest.fixture(scope="module")
-def reference(
+def engines(
     llm_dir: Path, tower_dir: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Finished, Path]:
-    """A run of two processes without DeepSpeed."""
-    out = tmp_path_factory.mktemp("ddp") / "out"
-    return train(out, llm_dir, tower_dir, data_dir), out
+) -> Engines:
+    """Runs of two processes, each made once: PyTorch's own, or by one of the recipes' DeepSpeed files."""
+
+    @functools.cache
+    def run(zero: str | None) -> tuple[Finished, Path]:
+        out = tmp_path_factory.mktemp(zero or "ddp") / "out"
+        return train(out, llm_dir, tower_dir, data_dir, zero=zero), out
+
+    return run
 
 
 @pytest.mark.parametrize("zero", ["zero2", "zero3", "zero3_offload"])
 def test_losses_and_weights_are_those_without_deepspeed(
-    zero: str,
-    reference: tuple[Finished, Path],
-    llm_dir: Path,
-    tower_dir: Path,
-    data_dir: Path,
-    tmp_path: Path,
+    zero: str, engines: Engines, llm_dir: Path
 ) -> None:
-    plain, folder = reference
-    done = train(tmp_path / "out", llm_dir, tower_dir, data_dir, zero=zero)
+    (plain, folder), (done, out) = engines(None), engines(zero)
     # The engine's own checkpoint: without it, the run would have been PyTorch's again.
-    assert (tmp_path / "out" / f"checkpoint-{STEPS}" / f"global_step{STEPS}").is_dir()
+    assert (out / f"checkpoint-{STEPS}" / f"global_step{STEPS}").is_dir()
     assert len(plain.losses()) == STEPS
     assert done.losses() == pytest.approx(plain.losses(), abs=2e-4)  # logged with four decimals
-    expected, found = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "out"))
+    expected, found = (load_file(f / "model.safetensors") for f in (folder, out))
     assert expected.keys() == found.keys()
     before = load_file(llm_dir / "model.safetensors")
     for name, tensor in expected.items():
@@ -154,11 +158,8 @@ def test_two_processes_are_as_good_as_one(
     assert any(not torch.allclose(expected[n], t, atol=2e-3) for n, t in before.items())
 
 
-def test_what_zero3_saves_loads_and_sees(
-    reference: tuple[Finished, Path], llm_dir: Path, tower_dir: Path, data_dir: Path, tmp_path: Path
-) -> None:
-    train(tmp_path / "out", llm_dir, tower_dir, data_dir, zero="zero3")
-    models = [load(str(folder)).model for folder in (tmp_path / "out", reference[1])]
+def test_what_zero3_saves_loads_and_sees(engines: Engines) -> None:
+    models = [load(str(engines(zero)[1])).model for zero in ("zero3", None)]
     with torch.no_grad():
         found, expected = (m(prompt(), images=pictures(1)).logits for m in models)
         blind = models[0](prompt(slot=None)).logits[:, -1]

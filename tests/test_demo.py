@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from llava_vlora.evaluation.measuring import (
     text_length,
 )
 from llava_vlora.integration.api import Loaded
+from llava_vlora.sceneqa import SIZES
 
 SETTINGS = Settings("small", 7, None, "cpu", 8, 2, 1)
 
@@ -248,7 +250,11 @@ def test_times_are_measured_and_parameters_counted(
 
 
 @pytest.mark.slow
-def test_the_whole_demo(tmp_path: Path) -> None:
+def test_the_whole_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a few scenes, more than the steps take."""
+    small = SIZES["small"]
+    few = replace(small.recipe, train_images=200, test_images=20)
+    monkeypatch.setitem(SIZES, "small", replace(small, recipe=few))
     out = tmp_path / "run"
     assert main(["demo", "--steps", "4", "--out", str(out), "--device", "cpu", "--seed", "5"]) == 0
     report = json.loads((out / "report.json").read_text())
