@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def pairs(flag: str, given: Sequence[str]) -> dict[str, str]:
+def pairs(flag: str, given: Sequence[str], what: str = "FOLDER") -> dict[str, str]:
     """Name and folder of each ``NAME=FOLDER``; a ``*`` in a folder's name gives a model for each that fits.
 
     Raises:
@@ -85,7 +85,7 @@ def pairs(flag: str, given: Sequence[str]) -> dict[str, str]:
         for name, path in _folders(flag, stated, pattern):
             if not path or not is_model_name(name):
                 raise ConfigError(
-                    f"{flag} {text}: give NAME=FOLDER with a name of letters, digits and -_.+ that does not end in "
+                    f"{flag} {text}: give NAME={what} with a name of letters, digits and -_.+ that does not end in "
                     ".blind or .part0, such as vlora=checkpoints/x."
                 )
             if name in found:

@@ -175,7 +175,8 @@ def evaluation(args: argparse.Namespace, model: str, base: str | None, name: str
     from ..evaluation.benchmarking import Evaluation
 
     if not args.benchmarks:
-        raise ConfigError(f"Give --benchmarks; `llava-vlora {args.verb} --help` lists them.")
+        verb = " ".join(filter(None, (args.verb, getattr(args, "what", None))))
+        raise ConfigError(f"Give --benchmarks; `llava-vlora {verb} --help` lists them.")
     chosen = [find(name) for name in dict.fromkeys(map(str.strip, args.benchmarks.split(",")))]
     return Evaluation(
         model=model,

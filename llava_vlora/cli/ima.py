@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import chosen_device, positive
+from .arguments import chosen_device, not_negative, positive
 from .ima_bench import add_skip_bench, skip_bench
+from .ima_chair import add_chair, measure_chair
 from .ima_weights import (
     add_evaluations,
     add_mask_arguments,
@@ -46,8 +47,9 @@ _VERBS = {
     "views": "what a VLoRA model's perceptual weights read, add and have in common",
     "ablate": "which blocks and weight types of a VLoRA model carry the image",
 }
-#: Are about weights.
-_NO_STATES = ("wanda", "views", "ablate")
+#: Verbs that read what states they are told to, and of which blocks.
+_OF_POINTS = ("collect", "norms", "selfsim", "sim")
+_OF_LAYERS = (*_OF_POINTS, "vocab", "score")
 _LABELS = {
     "norms": "Median norm of a token",
     "selfsim": "Cosine with itself",
@@ -69,7 +71,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     verbs = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     for name, text in _VERBS.items():
         own = verbs.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-        _add_source(own, states=name not in _NO_STATES)
+        _add_source(own, points=name in _OF_POINTS, layers=name in _OF_LAYERS)
         if name in ("sim", "score"):
             own.add_argument("--sim", default="median", help="measure (default: median)")
             own.add_argument("--pairs", default="matched", help="matched (default) or all")
@@ -102,6 +104,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
             own.add_argument("--dtype", default="bfloat16", help="default: bfloat16")
             own.add_argument("--max-tokens", type=positive, help="of each kind (default: all)")
     _add_correlate(verbs)
+    add_chair(verbs)
     add_of_masks(verbs)
     text = "one page of what is in a folder"
     page = verbs.add_parser("report", help=text, description=f"{text.capitalize()}.")
@@ -110,7 +113,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     add_skip_bench(verbs)
 
 
-def _add_source(parser: argparse.ArgumentParser, *, states: bool) -> None:
+def _add_source(parser: argparse.ArgumentParser, *, points: bool, layers: bool) -> None:
     parser.add_argument(
         "--model",
         action="append",
@@ -133,13 +136,14 @@ def _add_source(parser: argparse.ArgumentParser, *, states: bool) -> None:
     parser.add_argument(
         "--text", default="question+answer", help="question, question+answer (default) or generated"
     )
-    if states:
+    if points:
         parser.add_argument("--points", default="x", help="states, such as x,ln1,sa,ln2,fc1,fc2")
+    if layers:
         parser.add_argument("--layers", help="blocks, such as 0,8,16 (default: all)")
     parser.add_argument("--conv-mode", default="vicuna_v1", help="LLaVA's template (vicuna_v1)")
     parser.add_argument("--batch-size", type=positive, default=1, help="default: 1")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--seed", type=not_negative, default=0, help="default: 0")
     parser.add_argument("--out", type=Path, default=Path("runs/ima"), help="default: runs/ima")
 
 
@@ -155,17 +159,25 @@ def _add_correlate(verbs: Any) -> None:
         metavar="FILE or RUN:BENCHMARK[:METRIC]",
         help="JSON of model -> number, or a folder of `llava-vlora eval` and a benchmark in it",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of sampled permutations (default: 0)")
+    parser.add_argument(
+        "--seed", type=not_negative, default=0, help="of sampled permutations (default: 0)"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/ima"), help="default: runs/ima")
 
 
 def run(args: argparse.Namespace) -> int:
     """Analyse and write; returns the exit code."""
+    from ..evaluation.files import require_writable
+
+    if args.what != "report":
+        require_writable(args.out)
     if args.what == "correlate":
         from ..ima.correlating import correlate_files
 
         print(correlate_files(args.scores, args.metrics, args.out, seed=args.seed))
         return 0
+    if args.what == "chair":
+        return measure_chair(args)
     if args.what == "report":
         from ..ima.page import build
 
@@ -252,14 +264,13 @@ def _call(args: argparse.Namespace) -> Callable[[Run], Found]:
 def _options(args: argparse.Namespace) -> Options:
     from ..ima.runs import Options
 
-    given = getattr(args, "layers", None)
-    layers = None if given is None else numbers("--layers", given, int)
+    layers = getattr(args, "layers", None)
     return Options(
         text=args.text,
         conv_mode=args.conv_mode,
         batch_size=args.batch_size,
         points=tuple(getattr(args, "points", "x").split(",")),
-        layers=layers,
+        layers=None if layers is None else numbers("--layers", layers, int),
         sim=getattr(args, "sim", "median"),
         pairs=getattr(args, "pairs", "matched"),
         steps=numbers("--steps", getattr(args, "steps", "1"), int),
@@ -268,14 +279,19 @@ def _options(args: argparse.Namespace) -> Options:
 
 
 def _data(args: argparse.Namespace) -> dict[str, Examples]:
+    from ..errors import ConfigError
     from ..ima.data import from_benchmark, from_file
 
-    found = {}
+    found: dict[str, Examples] = {}
     for text in args.set:
         file, colon, images = text.partition(":")
         if colon:
             one = from_file(Path(file), Path(images), limit=args.limit, seed=args.seed)
         else:
             one = from_benchmark(text, args.data, limit=args.limit, seed=args.seed)
+        if one.name in found:
+            raise ConfigError(
+                f"--set names {one.name!r} twice; each data set needs a name of its own."
+            )
         found[one.name] = one
     return found

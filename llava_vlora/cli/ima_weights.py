@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .arguments import positive
+from .arguments import not_negative, positive
 from .evaluate import add_asking_arguments, evaluation
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def add_mask_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--context", default="joint", help="joint (default), or alone: no tokens of the other kind"
     )
-    parser.add_argument("--sparsity", type=float, default=0.5, help="default: 0.5")
+    parser.add_argument("--sparsity", type=float, help="default: 0.5, or what the pattern gives")
     parser.add_argument("--group", default="row", help="row (default), layer or global")
     parser.add_argument("--pattern", default="unstructured", help="or n:m, such as 2:4")
     parser.add_argument(
@@ -131,7 +131,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", default="P", help="P (default), T or all")
     parser.add_argument("--phase", default="both", help="prefill, decode or both (default)")
     parser.add_argument("--selector", default="random", help="default: random")
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--seed", type=not_negative, default=0, help="default: 0")
 
 
 def plans(args: argparse.Namespace) -> list[SkipPlan]:
@@ -170,13 +170,16 @@ def numbers(flag: str, text: str, kind: Callable[[str], _N] = float) -> tuple[_N
     """Numbers with commas between.
 
     Raises:
-        ConfigError: Something else stands there.
+        ConfigError: Something else stands there, or a number stands there twice.
     """
     from ..errors import ConfigError
 
     try:
-        return tuple(kind(part) for part in text.split(","))
+        found = tuple(kind(part) for part in text.split(","))
     except ValueError:
         raise ConfigError(
             f"{flag} {text}: give numbers with commas between, such as 0,8,16."
         ) from None
+    if len(set(found)) < len(found):
+        raise ConfigError(f"{flag} {text}: give each number once.")
+    return found

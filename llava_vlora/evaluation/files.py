@@ -131,8 +131,9 @@ def read_json(path: Path, hint: str = _REMAKE) -> Any:
     Raises:
         DataError: The file is missing or damaged.
     """
+    text = read_text(path, hint)
     try:
-        return json.loads(_text(path, hint))
+        return json.loads(text)
     except ValueError as error:
         raise DataError(f"{path} is not valid JSON ({error}).") from error
 
@@ -151,7 +152,7 @@ def read_lines(
 ) -> list[tuple[str, dict[str, Any]]]:
     """The same rows with the place of each, ``<file>, line <number>``; empty lines are left out."""
     rows = []
-    for number, line in enumerate(_text(path, hint).split("\n"), start=1):
+    for number, line in enumerate(read_text(path, hint).split("\n"), start=1):
         if not line.strip():
             continue
         place = f"{path}, line {number}"
@@ -175,13 +176,24 @@ def require_keys(row: object, keys: Sequence[str], place: str) -> None:
         raise DataError(f"{place}: lacks {listing(missing)}.")
 
 
-def _text(path: Path, hint: str) -> str:
+def read_text(path: Path, hint: str = _REMAKE) -> str:
+    """Read a text file in UTF-8.
+
+    Args:
+        path: The file.
+        hint: What to do if it is missing.
+
+    Raises:
+        DataError: The file is missing, or is no text.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise DataError(f"{path} is missing; {hint}.") from None
     except ValueError as error:  # bytes that are no UTF-8
         raise DataError(f"{path} is not a text file ({error}).") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}).") from error
 
 
 def read_questions(path: Path) -> list[Question]:

@@ -124,7 +124,7 @@ def measure_ablations(
         seed: Of the bootstrap.
 
     Raises:
-        IMAError: There is no example, or one has no image or no answer.
+        IMAError: There is no example, one has no image or no answer, or an answer's log-probability is not finite.
     """
     whole = Ablation("whole", "whole", lambda weights: weights)
     tried = [whole, *ablations]
@@ -137,6 +137,7 @@ def measure_ablations(
             changed = ablation.change(weights)
             flops = flops_per_token(changed)
             likelihood, right = score_answers(model, replace(batch, weights=changed))
+            _check_finite(likelihood, batch, ablation)
             own += zip(likelihood.tolist(), right.tolist(), [flops] * len(batch), strict=True)
     if not names:
         raise IMAError("There is no example to score.")
@@ -146,6 +147,15 @@ def measure_ablations(
         for ablation, own in zip(tried, scores, strict=True)
     )
     return AblationResult(rows, len(names), reference)
+
+
+def _check_finite(likelihood: Tensor, batch: Batch, ablation: Ablation) -> None:
+    wrong = (~likelihood.isfinite()).nonzero()
+    if len(wrong):
+        raise IMAError(
+            f"The answer of example {batch.names[int(wrong[0])]} has no finite log-probability with the weights "
+            f"{ablation.name!r} ({ablation.group}); load the model in bfloat16 or float32."
+        )
 
 
 @torch.no_grad()

@@ -146,8 +146,10 @@ class Layers:
         """The blocks l of which block l + ``step`` is there too.
 
         Raises:
-            ConfigError: There is none.
+            ConfigError: There is none, or ``step`` is not positive.
         """
+        if step < 1:
+            raise ConfigError(f"The step is {step}; states are compared 1 or more blocks apart.")
         found = [n for n in self.known if n + step in self.known]
         if not found:
             raise ConfigError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -73,14 +73,16 @@ def from_file(
     rows = _training(path) if path.suffix == ".json" else _lines(path)
     found = []
     for i, (place, row) in enumerate(rows):
-        picture = FilePicture(image_folder / row["image"]) if row.get("image") else None
+        image, asked = _words(row, "image", place), _words(row, "text", place) or ""
+        picture = FilePicture(image_folder / image) if image else None
         if picture is None and images:
             continue
         name = row.get("question_id", row.get("id", i))
-        text = str(row["text"]).replace(_SLOT, "").strip()
+        text = asked.replace(_SLOT, "").strip()
         if not text and "answer" not in row:
             raise DataError(f"{place} has neither a question nor an answer.")
-        found.append((Sample(name, text, picture), row.get("answer", row.get("label"))))
+        answer = _words(row, "answer" if "answer" in row else "label", place)
+        found.append((Sample(name, text, picture), answer))
     if not found:
         raise DataError(f"{path} has no questions{' with an image' if images else ''}.")
     chosen = _drawn(found, limit, seed)
@@ -92,10 +94,19 @@ def _training(path: Path) -> list[tuple[str, dict[str, Any]]]:
     for i, record in enumerate(read_json(path)):
         place = f"{path}, record {i}"
         turns = record.get("conversations") if isinstance(record, dict) else None
-        if not turns or len(turns) < 2 or any("value" not in turn for turn in turns[:2]):
+        said = turns[:2] if isinstance(turns, list) else []
+        texts = [turn.get("value") for turn in said if isinstance(turn, dict)]
+        if len(texts) < 2 or not all(isinstance(text, str) for text in texts):
             raise DataError(f"{place} has no question with an answer in 'conversations'.")
-        rows.append((place, {**record, "text": turns[0]["value"], "answer": turns[1]["value"]}))
+        rows.append((place, {**record, "text": texts[0], "answer": texts[1]}))
     return rows
+
+
+def _words(row: Mapping[str, Any], key: str, place: str) -> str | None:
+    value = row.get(key)
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{place}: {key!r} is {value!r}; one text is read there.")
+    return value
 
 
 def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -11,6 +11,7 @@ from functools import partial
 
 from rich.console import Console
 
+from ..errors import ConfigError, listing
 from ..evaluation.benchmarking import (
     Asked,
     Evaluation,
@@ -20,8 +21,10 @@ from ..evaluation.benchmarking import (
     questions,
 )
 from ..integration.api import Loaded
+from ..integration.checkpoint import inspect_checkpoint
+from ..integration.pruned_training import mask_of_training
 from .masks import MaskSet
-from .pruning import Delta, apply_mask
+from .pruning import DELTAS, Delta, apply_mask
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class PrunedScores:
     """Over the whole language model."""
     metrics: dict[str, dict[str, float]]
     """By benchmark; empty in all but the first of several processes."""
+    trained_with: str | None
+    """Digest of the mask of the language model that the projector was trained on; None where it was dense."""
 
 
 def evaluate_masks(
@@ -51,7 +56,7 @@ def evaluate_masks(
     """Evaluate one model under several masks; it is loaded once, and not at all if all answers are known.
 
     Answers of each mask are kept beside those of the dense model, in files ``<model>.<mask's name>.jsonl``. A file
-    whose mask has changed is refused, not taken.
+    whose mask has changed is refused, not taken. Where a projector was trained with another mask, the console says so.
 
     Args:
         evaluation: The model and what to ask it.
@@ -62,18 +67,45 @@ def evaluate_masks(
         load: Gives the model, where it is wanted for more than this.
 
     Raises:
+        ConfigError: ``delta`` is unknown, or masked for a model without perceptual weights.
         VLoRAError: As of :func:`~llava_vlora.evaluation.benchmarking.evaluate`, or a mask is of another model.
     """
     load = functools.cache(load or partial(load_model, evaluation))
-    asked, found = questions(evaluation), []
+    _check_delta(evaluation, delta)
+    trained, asked, found = mask_of_training(evaluation.model), questions(evaluation), []
     if dense:
+        _tell(console, evaluation.name, trained, None)
         metrics = _metrics(evaluation, console, load, asked)
-        found.append(PrunedScores("dense", None, 0.0, 0.0, metrics))
+        found.append(PrunedScores("dense", None, 0.0, 0.0, metrics, trained))
     for name, mask in masks.items():
+        _tell(console, evaluation.name, trained, mask.digest)
         pruned = dataclasses.replace(evaluation, variant=variant(name, mask, delta))
         metrics = _metrics(pruned, console, load, asked)
-        found.append(PrunedScores(name, mask.digest, mask.sparsity, mask.model_sparsity, metrics))
+        shares = mask.sparsity, mask.model_sparsity
+        found.append(PrunedScores(name, mask.digest, *shares, metrics, trained))
     return found
+
+
+def _check_delta(evaluation: Evaluation, delta: str) -> None:
+    """Refuse what would change nothing."""
+    if delta not in DELTAS:
+        raise ConfigError(f"delta {delta!r} is unknown; valid: {listing(DELTAS)}.")
+    if delta == "masked" and not inspect_checkpoint(evaluation.model).vlora:
+        raise ConfigError(
+            f"{evaluation.name} ({evaluation.model}) has no perceptual weights; delta 'masked' is of VLoRA models."
+        )
+
+
+def _tell(console: Console, name: str, trained: str | None, mask: str | None) -> None:
+    """Say that a projector answers on another language model than it was trained on."""
+    if trained in (None, mask):
+        return
+    now = "the dense one" if mask is None else f"one pruned by mask {mask}, another one"
+    console.print(
+        f"{name}: its projector was trained on a language model pruned by mask {trained}; these answers are of {now}.",
+        soft_wrap=True,
+        markup=False,
+    )
 
 
 def variant(name: str, mask: MaskSet, delta: Delta = "dense") -> Variant:

@@ -7,10 +7,21 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import ConfigError, DataError
+from ..evaluation.statistics import Interval, clustered_figure
 
 _WORDS = re.compile(r"[^\W_]+")
-#: Regular plurals; others belong into the table.
-_PLURALS = ("", "s", "es")
+#: Ends of plurals, and of what they are the plurals; others belong into the table.
+_PLURALS = (
+    ("", ""),
+    ("s", ""),
+    ("es", ""),
+    ("ies", "y"),
+    ("ves", "f"),
+    ("ves", "fe"),
+    ("men", "man"),
+    ("mice", "mouse"),
+    ("geese", "goose"),
+)
 
 
 @dataclass(frozen=True)
@@ -21,6 +32,14 @@ class Hallucination:
     object: str
     words: str
     """As the caption has it, in small letters."""
+
+
+@dataclass(frozen=True)
+class Mentions:
+    """How often a caption names objects."""
+
+    all: int
+    hallucinated: int
 
 
 @dataclass(frozen=True)
@@ -35,6 +54,29 @@ class Chair:
     mentions: int
     """A mention counts each time it is made."""
     found: list[Hallucination]
+    images: dict[str, Mentions]
+    """Of each image's caption."""
+
+    def intervals(self, *, seed: int = 0) -> tuple[Interval | None, Interval | None]:
+        """95 % of CHAIR-i and of CHAIR-s, by drawing images; None of fewer than 6, and where nothing varies.
+
+        CHAIR-i is of the images whose captions name an object; the others say nothing of it.
+        """
+        every = list(self.images.values())
+        naming = [one for one in every if one.all]
+
+        def of_mentions(weights: Sequence[float]) -> float:
+            wrong = sum(w * one.hallucinated for w, one in zip(weights, naming, strict=True))
+            return wrong / sum(w * one.all for w, one in zip(weights, naming, strict=True))
+
+        def of_captions(weights: Sequence[float]) -> float:
+            wrong = sum(w for w, one in zip(weights, every, strict=True) if one.hallucinated)
+            return wrong / sum(weights)
+
+        return (
+            clustered_figure(of_mentions, range(len(naming)), seed=seed),
+            clustered_figure(of_captions, range(len(every)), seed=seed),
+        )
 
 
 def chair(
@@ -46,8 +88,9 @@ def chair(
 ) -> Chair:
     """CHAIR-i and CHAIR-s of captions.
 
-    Words are compared in small letters, also with ``s`` or ``es`` behind; at each place the longest name counts, so
-    that ``hot dog`` names no dog.
+    Words are compared in small letters, plurals by their ends; at each place the longest name counts, so that
+    ``hot dog`` names no dog. The published script takes plurals from a lexicon, and has rules for animals and vehicles:
+    to follow them, name ``baby elephant`` among an elephant's names and ``passenger train`` among a train's.
 
     Args:
         captions: Image -> caption.
@@ -63,7 +106,7 @@ def chair(
         raise DataError("There is no caption.")
     names = _names(synonyms, ignored)
     longest = max((len(name) for name in names), default=0)
-    mentions, wrong, found = 0, 0, list[Hallucination]()
+    counts, found = dict[str, Mentions](), list[Hallucination]()
     for image, caption in captions.items():
         if image not in objects:
             raise DataError(
@@ -72,9 +115,11 @@ def chair(
         here = {_known(names, item, image) for item in objects[image]}
         named = _mentions(caption, names, longest)
         absent = [Hallucination(image, item, words) for item, words in named if item not in here]
-        mentions, wrong, found = mentions + len(named), wrong + bool(absent), found + absent
+        counts[image], found = Mentions(len(named), len(absent)), found + absent
+    mentions = sum(one.all for one in counts.values())
+    wrong = sum(one.hallucinated > 0 for one in counts.values())
     share = len(found) / mentions if mentions else None
-    return Chair(share, wrong / len(captions), len(captions), mentions, found)
+    return Chair(share, wrong / len(captions), len(captions), mentions, found, counts)
 
 
 def _names(
@@ -125,5 +170,5 @@ def _words(text: str) -> tuple[str, ...]:
 def _singular(words: tuple[str, ...]) -> list[tuple[str, ...]]:
     """The words, and without what may be a plural's ending."""
     *others, last = words
-    ends = [e for e in _PLURALS if last.endswith(e)]
-    return [(*others, last.removesuffix(e)) for e in ends]
+    ends = [(many, one) for many, one in _PLURALS if last.endswith(many)]
+    return [(*others, last.removesuffix(many) + one) for many, one in ends]

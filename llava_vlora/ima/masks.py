@@ -24,6 +24,7 @@ from .linears import Place, block_linears, probe, same_model, shapes
 _FORMAT, _VERSION = "llava-vlora mask", 1
 _CONVENTION = "1 = kept; rows packed along the input dimension, first input in the highest bit"
 _PROBE = "probe"
+_REMAKE = "make it with `llava-vlora ima wanda` or MaskSet.save()"
 _BITS = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
 
 
@@ -169,14 +170,18 @@ class MaskSet:
         from safetensors import SafetensorError, safe_open
 
         try:
+            if Path(path).is_dir():
+                raise IsADirectoryError("it is a folder")
             file: Any = safe_open(str(path), framework="pt")
             stated = file.metadata() or {}
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read as a mask: {error}.") from error
+            raise CheckpointError(
+                f"{path} cannot be read as a mask: {error}; {_REMAKE}."
+            ) from error
         if stated.get("format") != _FORMAT or stated.get("version") != str(_VERSION):
             raise CheckpointError(
                 f"{path} is no mask of version {_VERSION} (format {stated.get('format')!r}, version "
-                f"{stated.get('version')!r})."
+                f"{stated.get('version')!r}); {_REMAKE}."
             )
         try:
             header = json.loads(stated["header"])
@@ -187,9 +192,13 @@ class MaskSet:
             )
             whole = found.digest == header["digest"]
         except (KeyError, ValueError, SafetensorError) as error:
-            raise CheckpointError(f"{path} is incomplete or damaged: {error}.") from error
+            raise CheckpointError(
+                f"{path} is incomplete or damaged: {error}; {_REMAKE}."
+            ) from error
         if not whole:
-            raise CheckpointError(f"{path} is damaged: its bits do not have the checksum in it.")
+            raise CheckpointError(
+                f"{path} is damaged: its bits do not have the checksum in it; {_REMAKE}."
+            )
         return found
 
 

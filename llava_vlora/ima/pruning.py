@@ -30,7 +30,7 @@ from .scores import LETTERS
 
 #: What happens to perceptual weights where the mask is 0.
 Delta = Literal["dense", "masked"]
-_DELTAS = ("dense", "masked")
+DELTAS = ("dense", "masked")
 #: Decoders that are pruned for a while.
 _PRUNED: WeakSet[nn.ModuleList] = WeakSet()
 
@@ -53,8 +53,8 @@ def apply_mask(model: nn.Module, mask: MaskSet, *, delta: Delta = "dense") -> It
         IMAError: The mask is of another model, or the model is pruned already.
         MergeError: An image is merged into the model.
     """
-    if delta not in _DELTAS:
-        raise ConfigError(f"delta {delta!r} is unknown; valid: {listing(_DELTAS)}.")
+    if delta not in DELTAS:
+        raise ConfigError(f"delta {delta!r} is unknown; valid: {listing(DELTAS)}.")
     layers = decoder_layers(model)
     if turns(layers).mine:
         raise MergeError(

@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ..decoder import decoder_layers
+from ..errors import IMAError
 from ..evaluation.fingerprint import fingerprint
 from ..integration import api
 from .counterfactual import differences
@@ -298,6 +299,15 @@ def open_run(
     device: str,
     advance: Callable[[int], object] = lambda count: None,
 ) -> Run:
-    """A model ready to be analysed."""
+    """A model ready to be analysed.
+
+    Raises:
+        CheckpointError: A file is missing or does not fit.
+        IMAError: The model reads no images.
+    """
     loaded = api.load(path, base, device=device)
+    if loaded.image_processor is None:
+        raise IMAError(
+            f"{name} ({path}) is a plain language model, which reads no images; give a LLaVA or VLoRA checkpoint."
+        )
     return Run(name, loaded, fingerprint(path, base), data, options, advance)

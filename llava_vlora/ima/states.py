@@ -79,11 +79,13 @@ def check_points(points: Sequence[str]) -> None:
     """Check names of states.
 
     Raises:
-        ConfigError: One is unknown.
+        ConfigError: One is unknown or named twice.
     """
     unknown = [p for p in points if p not in POINTS]
     if unknown:
         raise ConfigError(f"There is no state {unknown[0]!r}; choose from {listing(POINTS)}.")
+    if len(set(points)) < len(points):
+        raise ConfigError(f"A state is named twice: {listing(points)}.")
 
 
 @torch.no_grad()

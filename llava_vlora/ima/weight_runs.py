@@ -32,8 +32,10 @@ from .view_plots import ablations
 from .views import perceptual_weights
 from .wanda import activation_scores, wanda_scores
 
-#: Where the scores of a mask come from; the first needs examples.
-MEASURES = ("wanda", "activation", "magnitude", "random")
+_OF_NO_TOKENS = ("magnitude", "random")
+#: Where the scores of a mask come from; the first two need examples.
+MEASURES = ("wanda", "activation", *_OF_NO_TOKENS)
+_SPARSITY = 0.5
 
 
 def make_masks(
@@ -43,18 +45,31 @@ def make_masks(
     measure: str,
     tokens: str,
     context: str,
-    sparsity: float,
+    sparsity: float | None,
     group: str,
     pattern: str,
     sequential: bool,
 ) -> dict[str, Path]:
     """Write a mask for each data set; returns the files.
 
+    Args:
+        run: A model on examples.
+        folder: Where to.
+        measure: One of :data:`MEASURES`.
+        tokens: Whose inputs count, where examples are read.
+        context: As in :func:`~.wanda.wanda_scores`.
+        sparsity: Share of weights to prune; None for half of them, or what the pattern gives.
+        group: As in :func:`~.selecting.make_mask`, as ``pattern``.
+        pattern: ``unstructured`` or ``n:m``.
+        sequential: Prune block by block.
+
     Raises:
         ConfigError: The measure is unknown, or arguments contradict each other.
     """
-    if measure not in MEASURES:
-        raise ConfigError(f"There is no measure {measure!r}; choose from {listing(MEASURES)}.")
+    _check_measure(measure, tokens, context)
+    if sparsity is None and pattern == "unstructured":
+        sparsity = _SPARSITY
+    shape: dict[str, Any] = {"sparsity": sparsity, "group": group, "pattern": pattern}
     files = {}
     for name in run.data:
         mask: MaskSet
@@ -64,17 +79,25 @@ def make_masks(
             mask = sequential_mask(
                 run.loaded.model,
                 partial(run.batches, name),
-                sparsity=sparsity,
                 tokens=tokens,  # type: ignore[arg-type]
+                context=context,  # type: ignore[arg-type]
                 data=name,
+                **shape,
             )
         else:
-            scores = _scores(run, name, measure, tokens, context)
-            share = None if pattern != "unstructured" else sparsity
-            mask = make_mask(scores, share, group=group, pattern=pattern)  # type: ignore[arg-type]
+            mask = make_mask(_scores(run, name, measure, tokens, context), **shape)
         files[name] = folder / f"{run.name}-{name}-{measure}-{tokens}.safetensors"
         mask.save(files[name])
     return files
+
+
+def _check_measure(measure: str, tokens: str, context: str) -> None:
+    if measure not in MEASURES:
+        raise ConfigError(f"There is no measure {measure!r}; choose from {listing(MEASURES)}.")
+    if measure in _OF_NO_TOKENS and (tokens, context) != ("all", "joint"):
+        raise ConfigError(
+            f"The measure {measure!r} reads no tokens; leave --tokens {tokens} and --context {context} out."
+        )
 
 
 def _scores(run: Run, name: str, measure: str, tokens: str, context: str) -> Scores:

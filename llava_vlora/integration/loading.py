@@ -120,7 +120,8 @@ def _load_multimodal(
         )
         if MASK_KEY in checkpoint.config:
             _logger.warning(
-                "%s was trained on a language model pruned by mask %s; prune %s in the same way, with apply_mask().",
+                "%s was trained on a language model pruned by mask %s; prune %s in the same way, "
+                "with apply_mask() or `llava-vlora ima prune-eval --mask`.",
                 checkpoint.path,
                 checkpoint.config[MASK_KEY],
                 source,

@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..ima.masks import MaskSet
 from ..ima.pruning import prune
+from .checkpoint import inspect_checkpoint
 
 #: Key of ``config.json`` with the digest of the mask that the language model had while its projector was trained.
 MASK_KEY = "trained_with_mask"
@@ -37,6 +38,18 @@ def check_prune_flag(arguments: Any) -> None:
             f"it; --vlora_prune_mask {file} is for Llama and Mistral models."
         )
     MaskSet.load(file)
+
+
+def mask_of_training(path: str) -> str | None:
+    """Digest of the mask of the language model that a projector was trained on; None where it was dense.
+
+    Full checkpoints have none: their language model is in them.
+
+    Raises:
+        CheckpointError: The folder holds no checkpoint.
+    """
+    checkpoint = inspect_checkpoint(path)
+    return checkpoint.config.get(MASK_KEY) if checkpoint.kind == "projector" else None
 
 
 def prune_for_training(model: Any, file: str | None) -> Any:
