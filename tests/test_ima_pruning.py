@@ -544,6 +544,24 @@ def test_masks_of_other_models_stop_training(
         )
 
 
+@pytest.mark.usefixtures("requests")
+def test_generators_of_the_dense_model_are_repaired(
+    checkpoint: Path, mask_file: Path, llm_dir: Path, tower_dir: Path, tmp_path: Path
+) -> None:
+    """The pruned weights say nothing about which model stage 1 was trained with; the others do."""
+    stage1 = tmp_path / "stage1"
+    shutil.copytree(checkpoint.parent / "vlora-pretrain", stage1)
+    flags: dict[str, Any] = {"tune_mm_mlp_adapter": True, "mm_vision_select_layer": -2}
+    flags |= {"pretrain_mm_mlp_adapter": str(stage1 / "mm_projector.bin")}
+    make_vlora(llm_dir, tower_dir, vlora_prune_mask=str(mask_file), **flags)
+    config = json.loads((stage1 / "config.json").read_text())
+    for values in config["vlora_base"]["weights"].values():
+        values[:] = [2 * value for value in values]
+    (stage1 / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="was trained with another language model"):
+        make_vlora(llm_dir, tower_dir, vlora_prune_mask=str(mask_file), **flags)
+
+
 PROJECTORS = {"vlora": "vlora", "mlp": "mlp2x_gelu"}
 
 

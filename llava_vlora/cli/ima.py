@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .arguments import chosen_device, not_negative, positive
 from .ima_bench import add_skip_bench, skip_bench
 from .ima_chair import add_chair, measure_chair
+from .ima_export import add_export, export
 from .ima_weights import (
     add_evaluations,
     add_mask_arguments,
@@ -105,6 +106,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
             own.add_argument("--max-tokens", type=positive, help="of each kind (default: all)")
     _add_correlate(verbs)
     add_chair(verbs)
+    add_export(verbs)
     add_of_masks(verbs)
     text = "one page of what is in a folder"
     page = verbs.add_parser("report", help=text, description=f"{text.capitalize()}.")
@@ -169,6 +171,8 @@ def run(args: argparse.Namespace) -> int:
     """Analyse and write; returns the exit code."""
     from ..evaluation.files import require_writable
 
+    if args.what == "export-24":
+        return export(args)
     if args.what != "report":
         require_writable(args.out)
     if args.what == "correlate":

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_DTYPES = ("float16", "bfloat16", "float32")
+DTYPES = ("float16", "bfloat16", "float32")
 _EPILOG = """\
   llava-vlora merge-lora checkpoints/vlora-7b-lora --base lmsys/vicuna-7b-v1.5 --out vlora-7b
   llava-vlora merge-lora checkpoints/vlora-7b-qlora/checkpoint-1000 --base vicuna --out vlora-7b --dtype bfloat16
@@ -40,7 +40,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument(
         "--out", "--save-model-path", type=Path, required=True, help="new folder of the model"
     )
-    parser.add_argument("--dtype", choices=_DTYPES, help="of the weights (default: the base's)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the base's)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ from ..evaluation.benchmarking import (
 )
 from ..integration.api import Loaded
 from ..integration.checkpoint import inspect_checkpoint
-from ..integration.pruned_training import mask_of_training
+from ..integration.pruned_training import mask_of_training, other_mask
 from .masks import MaskSet
 from .pruning import DELTAS, Delta, apply_mask
 
@@ -97,15 +97,9 @@ def _check_delta(evaluation: Evaluation, delta: str) -> None:
 
 
 def _tell(console: Console, name: str, trained: str | None, mask: str | None) -> None:
-    """Say that a projector answers on another language model than it was trained on."""
-    if trained in (None, mask):
-        return
-    now = "the dense one" if mask is None else f"one pruned by mask {mask}, another one"
-    console.print(
-        f"{name}: its projector was trained on a language model pruned by mask {trained}; these answers are of {now}.",
-        soft_wrap=True,
-        markup=False,
-    )
+    note = other_mask(trained, mask)
+    if note is not None:
+        console.print(f"{name}: {note}", soft_wrap=True, markup=False)
 
 
 def variant(name: str, mask: MaskSet, delta: Delta = "dense") -> Variant:

@@ -90,12 +90,14 @@ def _seeing_parts(model: nn.Module) -> list[nn.Module]:
 
 def probe(linears: Mapping[Place, nn.Linear]) -> Tensor:
     """A few values of each weight, which no two language models share: ``[layers, 8]`` float32."""
-    rows = []
-    for linear in linears.values():
-        flat = linear.weight.detach().flatten()
-        picked = torch.linspace(0, flat.numel() - 1, _PROBES, dtype=torch.float64).long()
-        rows.append(flat[picked.to(flat.device)].float().cpu())
-    return torch.stack(rows)
+    return torch.stack([probed(linear.weight) for linear in linears.values()])
+
+
+def probed(weight: Tensor) -> Tensor:
+    """The row of one weight in :func:`probe`."""
+    flat = weight.detach().flatten()
+    picked = torch.linspace(0, flat.numel() - 1, _PROBES, dtype=torch.float64).long()
+    return flat[picked.to(flat.device)].float().cpu()
 
 
 def same_model(first: Tensor, second: Tensor) -> bool:

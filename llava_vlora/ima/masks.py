@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, IMAError
 from ..weights import digest
-from .linears import Place, block_linears, probe, same_model, shapes
+from .linears import Place, block_linears, probed, same_model, shapes
 
 _FORMAT, _VERSION = "llava-vlora mask", 1
 _CONVENTION = "1 = kept; rows packed along the input dimension, first input in the highest bit"
@@ -110,13 +110,29 @@ class MaskSet:
             IMAError: Names, shapes or weights differ, or a layer cannot be pruned.
         """
         linears = block_linears(model)
-        self._check_shapes(shapes(linears), type(model).__name__)
-        if not same_model(self.probe, probe(linears)):
-            raise IMAError(
-                f"The mask was made for another model than this {type(model).__name__}: shapes agree, weights do not. "
-                f"Make one for this model. {self._origin()}"
-            )
+        rows = {place: probed(linear.weight) for place, linear in linears.items()}
+        self.check_weights(shapes(linears), rows, type(model).__name__)
         return linears
+
+    def check_weights(
+        self, found: Mapping[Place, tuple[int, int]], rows: Mapping[Place, Tensor], what: str
+    ) -> None:
+        """Refuse weights that the mask was not made for.
+
+        Args:
+            found: ``(out, in)`` of each weight.
+            rows: :func:`~.linears.probed` of each.
+            what: Whose weights they are, for messages.
+
+        Raises:
+            IMAError: Names, shapes or weights differ.
+        """
+        self._check_shapes(found, what)
+        if not same_model(self.probe, torch.stack([rows[place] for place in self.shapes])):
+            raise IMAError(
+                f"The mask was made for another model than {what}: shapes agree, weights do not. Make one for this "
+                f"model. {self._origin()}"
+            )
 
     def check_same(self, other: MaskSet) -> None:
         """Refuse to combine masks of different models; ``IMAError``."""

@@ -23,8 +23,16 @@ def describe_base(model: Any, name: str) -> dict[str, Any]:
     return {"name": str(name), "weights": _samples(model)}
 
 
-def other_base(model: Any, described: Mapping[str, Any] | None) -> str | None:
-    """Why ``model`` is not the language model that was described; ``None`` if it is, or nothing was described."""
+def other_base(
+    model: Any, described: Mapping[str, Any] | None, *, pruned: bool = False
+) -> str | None:
+    """Why ``model`` is not the language model that was described; ``None`` if it is, or nothing was described.
+
+    Args:
+        model: The language model.
+        described: What :func:`describe_base` gave.
+        pruned: Whether ``model`` has been pruned since: what is 0 in it says nothing then.
+    """
     if not described:
         return None
     for place, values in _samples(model).items():
@@ -33,6 +41,8 @@ def other_base(model: Any, described: Mapping[str, Any] | None) -> str | None:
             continue
         old, new = torch.tensor(before), torch.tensor(values)
         far = (old - new).abs() > _ROUNDING * old.abs() + 1e-6
+        if pruned:
+            far &= new != 0
         if len(old) != len(new) or far.float().mean() > _TOLERATED:
             i = int(far.float().argmax())
             return (

@@ -6,10 +6,8 @@ computed in float32, where PEFT rounds the product to the dtype of the weights b
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import CheckpointError, listing
-from ..training.saving import publish_folder, require_space
 from .adapter import adapter_weights
 from .checkpoint import (
     ADAPTER_FILE,
@@ -32,20 +29,10 @@ from .checkpoint import (
     read_json,
     read_tensors,
 )
-from .quantised_training import BITS_KEY
+from .full_checkpoints import cast, describe, new_folder, require_new
 from .weight_files import BaseWeights, local_folder, write_shards
 
-#: Of the base, beside weights and config.json.
-_COMPANIONS = ("token", "special_tokens_map", "added_tokens", "vocab", "merges", "generation_")
 _LORA = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
-_CLASSES = {
-    "llava_vlora": "LlavaVLoRALlamaForCausalLM",
-    "llava_vlora_mistral": "LlavaVLoRAMistralForCausalLM",
-    "llava": "LlavaLlamaForCausalLM",
-    "llava_llama": "LlavaLlamaForCausalLM",
-    "llava_mistral": "LlavaMistralForCausalLM",
-}
-
 Progress = Callable[[str, int], Callable[[int], object]]
 
 
@@ -86,7 +73,7 @@ def merge_lora(
     """
     checkpoint = _lora_checkpoint(Path(lora))
     target = Path(out).expanduser()
-    _require_new(target)
+    require_new(target)
     scale = _scales(read_json(checkpoint.path / ADAPTER_FILE), checkpoint.path)
     pairs = _pairs(checkpoint.path)
     new = _replacements(checkpoint)
@@ -94,24 +81,10 @@ def merge_lora(
     wanted = dtype or weights.dtype
     _require_projector(checkpoint, [*new, *weights.files])
     numbers = weights.numbers + sum(tensor.numel() for tensor in new.values())
-    target.parent.mkdir(parents=True, exist_ok=True)
-    require_space(target.parent, numbers * wanted.itemsize, f"The merged model {target}")
-    unfinished = target.parent / f".{target.name}.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        unfinished.mkdir()
+    with new_folder(target, numbers * wanted.itemsize, "The merged model") as unfinished:
         step = progress("Merging", len(weights.files.keys() | new))
         size = write_shards(unfinished, _merged(weights, pairs, scale, new, wanted, step))
-        bits = _describe(checkpoint, weights.folder, unfinished, wanted)
-        if target.is_dir():
-            target.rmdir()  # empty; some systems do not rename over it
-        publish_folder(unfinished, target)
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{target} could not be written: {error}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        bits = describe(checkpoint, weights.folder, unfinished, wanted)
     return Merged(target, len(pairs), size, wanted, bits)
 
 
@@ -126,11 +99,6 @@ def _lora_checkpoint(folder: Path) -> Checkpoint:
             "--lora_enable True, or a checkpoint in it."
         )
     return checkpoint
-
-
-def _require_new(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists already; give a new folder, or remove it.")
 
 
 def _scales(stated: Mapping[str, Any], folder: Path) -> Callable[[str], float]:
@@ -232,16 +200,12 @@ def _merged(
                 raise _misfit(base.folder, name, weight, (b.shape[0], a.shape[1]))
             change = (b.float() @ a.float()) * scale(name.removesuffix(".weight"))
             weight = weight.float() + change
-        yield name, _cast(weight, dtype)
+        yield name, cast(weight, dtype)
         step(1)
     for name, tensor in new.items():
         if name not in base.files:
-            yield name, _cast(tensor, dtype)
+            yield name, cast(tensor, dtype)
             step(1)
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _misfit(folder: Path, name: str, weight: Tensor, shape: Iterable[int]) -> CheckpointError:
@@ -249,23 +213,3 @@ def _misfit(folder: Path, name: str, weight: Tensor, shape: Iterable[int]) -> Ch
         f"{folder} has {name!r} of shape {list(weight.shape)}, the LoRA checkpoint fits {list(shape)}; give the base "
         "of training."
     )
-
-
-def _describe(checkpoint: Checkpoint, base: Path, out: Path, dtype: torch.dtype) -> int | None:
-    """Write config and tokenizer; returns the bits of the language model in training."""
-    config = dict(checkpoint.config)
-    quantised = config.pop("quantization_config", None) or {}
-    bits = config.pop(BITS_KEY, None) or (
-        4 if quantised.get("load_in_4bit") else 8 if quantised.get("load_in_8bit") else None
-    )
-    for key in ("dtype", "_name_or_path"):
-        config.pop(key, None)
-    config["torch_dtype"] = str(dtype).removeprefix("torch.")  # every release reads this name
-    model_class = _CLASSES.get(str(config.get("model_type")))
-    if model_class and checkpoint.multimodal:
-        config["architectures"] = [model_class]
-    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    for file in sorted(base.iterdir()):
-        if file.is_file() and file.name.startswith(_COMPANIONS):
-            shutil.copy(file, out / file.name)
-    return bits

@@ -52,6 +52,19 @@ def mask_of_training(path: str) -> str | None:
     return checkpoint.config.get(MASK_KEY) if checkpoint.kind == "projector" else None
 
 
+def other_mask(trained: str | None, mask: str | None) -> str | None:
+    """What to say where a projector answers on another language model than it was trained on.
+
+    Args:
+        trained: What :func:`mask_of_training` gives.
+        mask: Digest of the mask that the language model has now; None where it is dense.
+    """
+    if trained in (None, mask):
+        return None
+    now = "this is the dense one" if mask is None else f"this one is pruned by mask {mask}"
+    return f"the projector was trained on a language model pruned by mask {trained}; {now}."
+
+
 def prune_for_training(model: Any, file: str | None) -> Any:
     """The model, pruned if there is a mask, which its config then names.
 

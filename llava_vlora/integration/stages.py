@@ -11,6 +11,7 @@ from ..errors import CheckpointError, ConfigError
 from .base_model import describe_base, other_base
 from .checkpoint import is_vlora, load_projector, read_json, read_tensors
 from .flags import Request, check_starts_trained
+from .pruned_training import MASK_KEY
 
 #: What the generator of stage 1 has learned to read, beside its own shape.
 _READS = ("mm_vision_select_layer", "mm_vision_select_feature")
@@ -59,7 +60,8 @@ def initialize_generator(model: Any, arguments: Any, fsdp: Any) -> None:
         _check_same(
             stage1, before, {key: getattr(arguments, key) for key in _READS}, "this run has"
         )
-        reason = other_base(model, before.get("vlora_base"))
+        pruned = hasattr(model.config, MASK_KEY)
+        reason = other_base(model, before.get("vlora_base"), pruned=pruned)
         if reason:
             raise CheckpointError(f"{stage1} was trained with another language model: {reason}.")
         load_projector(model.mm_projector, read_tensors(Path(stage1)), Path(stage1))

@@ -48,10 +48,10 @@ class BaseWeights:
     def __init__(self, folder: Path) -> None:
         """The full, unquantised checkpoint in ``folder``; anything else raises ``CheckpointError``."""
         if inspect_checkpoint(folder).kind != "full":
-            raise CheckpointError(f"--base {folder} is no full model; give the one of training.")
+            raise CheckpointError(f"{folder} is no full model; give the one of training.")
         if "quantization_config" in read_json(folder / "config.json"):
             raise CheckpointError(
-                f"--base {folder} is quantised, and an adapter would be rounded away in it. Give the unquantised "
+                f"{folder} is quantised, and what is changed in it would be rounded away. Give the unquantised "
                 "language model that it was made from."
             )
         self.folder = folder
@@ -133,15 +133,24 @@ def _named_damage(file: Path) -> Iterator[None]:
         raise CheckpointError(f"{file} cannot be read, it may be truncated: {error}") from error
 
 
-def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> int:
-    """Write tensors as transformers names them, in files of at most two GiB; returns their bytes."""
+def write_shards(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], stated: Mapping[str, str] | None = None
+) -> int:
+    """Write tensors as transformers names them, in files of at most two GiB; returns their bytes.
+
+    Args:
+        folder: Where to.
+        tensors: Names and tensors.
+        stated: Further entries of the files' headers.
+    """
+    header = {"format": "pt", **(stated or {})}
     files: list[list[str]] = []
     held: dict[str, Tensor] = {}
     total = size = 0
 
     def flush() -> None:
         nonlocal size
-        save_file(held, folder / f"part-{len(files)}", metadata={"format": "pt"})
+        save_file(held, folder / f"part-{len(files)}", metadata=header)
         files.append(list(held))
         held.clear()
         size = 0
