@@ -222,10 +222,11 @@ class _Asked:
         if self.clusters is not None:
             keys = [cluster(self.clusters, name) for name in names]
         places = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-        member = torch.zeros(len(places), len(names), dtype=torch.float64)
-        member[[places[key] for key in keys], range(len(names))] = 1
-        grouped = member @ sums if sums.ndim == 1 else member @ sums @ member.T
-        return _Paired(curve, len(names), grouped, member.sum(1))
+        index = torch.tensor([places[key] for key in keys])
+        for dim in range(sums.ndim):
+            shape = (len(places) if i == dim else n for i, n in enumerate(sums.shape))
+            sums = torch.zeros(*shape, dtype=torch.float64).index_add(dim, index, sums)
+        return _Paired(curve, len(names), sums, torch.bincount(index).double())
 
 
 def _interval(drawn: np.ndarray, confidence: float) -> Interval | None:
