@@ -197,9 +197,13 @@ def cosine(first: Tensor, second: Tensor, what: str) -> Tensor:
     """Cosine of matching rows ``[t, d]`` -> ``[t]``.
 
     Raises:
-        IMAError: A row is zero and has no direction; ``what`` says which.
+        IMAError: A row is zero and has no direction, or is not finite; ``what`` says which.
     """
     norms = first.norm(dim=-1) * second.norm(dim=-1)
+    if not bool(norms.isfinite().all()):
+        raise IMAError(
+            f"{what}, or what it is compared with, is not finite; load the model in bfloat16 or float32."
+        )
     if not bool((norms > 0).all()):
         raise IMAError(
             f"{what} is zero at a token, so it has no direction to compare. Either the generator is untrained, or "
