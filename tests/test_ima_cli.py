@@ -161,6 +161,42 @@ def test_correlation_with_any_figure_of_a_benchmark(
     assert "has no 'F2' of a on toy; there is 'scene, F1', 'accuracy', 'yes'" in error
 
 
+def test_correlation_of_views_with_chair(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def view(value: float) -> Any:
+        types = {"q": [value, None], "v": [3 * value, 1.0]}
+        means = [{"view": "basis", "quantity": "reading", "types": types}]
+        return {"one": {"means": means}, "two": {"means": means}}
+
+    values = {"a": 0.1, "b": 0.2, "c": 0.4, "d": 0.3}
+    views, chairs = tmp_path / "views.json", tmp_path / "chair.json"
+    views.write_text(
+        json.dumps({"what": "views", "models": {n: view(v) for n, v in values.items()}})
+    )
+    stated = {n: {"chair_i": i / 10, "chair_s": 0.5} for i, n in enumerate(values)}
+    chairs.write_text(json.dumps({"what": "chair", "models": stated}))
+    flags = ["ima", "correlate", "--out", str(tmp_path)]
+    wanted = ["--scores", f"{views}:reading", "--metrics", f"{chairs}:chair_i"]
+    assert main([*flags, *wanted]) == 0
+    found = read(tmp_path / "correlate.json")["models"]
+    assert (found["score"], found["metric"]) == ("reading", "chair_i")
+    assert found["spearman"]["value"] == pytest.approx(0.8)
+    capsys.readouterr()
+    for scores, metrics, message in (
+        (
+            f"{views}:writing",
+            f"{chairs}:chair_i",
+            "no 'writing' of a; give views.json:QUANTITY with one of 'reading'",
+        ),
+        (str(views), f"{chairs}:chair_i", "no '' of a"),
+        (f"{views}:reading", f"{chairs}:F1", "has no 'F1' of 'a', 'b', 'c', 'd'"),
+        (f"{chairs}:reading", f"{chairs}:chair_i", "is not of `ima views`"),
+    ):
+        assert main([*flags, "--scores", scores, "--metrics", metrics]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_a_star_gives_a_model_for_each_checkpoint(tmp_path: Path) -> None:
     for step in (64, 128, 1024):
         (tmp_path / f"checkpoint-{step}").mkdir()

@@ -153,13 +153,16 @@ def _add_correlate(verbs: Any) -> None:
     text = "correlate scores of models with a metric of theirs"
     parser = verbs.add_parser("correlate", help=text, description=f"{text.capitalize()}.")
     parser.add_argument(
-        "--scores", type=Path, required=True, help="score.json of `ima score`, or model -> number"
+        "--scores",
+        required=True,
+        metavar="FILE[:QUANTITY]",
+        help="score.json of `ima score`, model -> number, or views.json of `ima views` and a quantity in it",
     )
     parser.add_argument(
         "--metrics",
         required=True,
-        metavar="FILE or RUN:BENCHMARK[:METRIC]",
-        help="JSON of model -> number, or a folder of `llava-vlora eval` and a benchmark in it",
+        metavar="FILE[:METRIC] or RUN:BENCHMARK[:METRIC]",
+        help="JSON of model -> number, chair.json of `ima chair`, or a folder of `llava-vlora eval`",
     )
     parser.add_argument(
         "--seed", type=not_negative, default=0, help="of sampled permutations (default: 0)"
