@@ -124,15 +124,21 @@ def _metrics(name: str, path: str, out: Path, data: Path) -> dict[str, float]:
         command = [sys.executable, "-m", "llava_vlora", "eval", *words, "--out", str(run)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=Path.cwd())
     scores = read_results(run).scores
-    scene, pope = (
-        next(s["metrics"] for row, s in scores[b].items() if row.model == name)
-        for b in ("sceneqa", "pope")
+    scene, stated = (
+        next(s for row, s in scores[b].items() if row.model == name) for b in ("sceneqa", "pope")
     )
+    scene, pope, parts = scene["metrics"], stated["metrics"], stated["breakdown"]
     # As many objects are there as are not, so yes = (recall + false positives) / 2.
+    false = {
+        s: 2 * parts[f"{s}, yes"] - parts[f"{s}, recall"]
+        for s in ("random", "popular", "adversarial")
+    }
     return {
         "SceneQA accuracy": scene["accuracy"],
         "POPE F1": pope["F1"],
-        "POPE false positives": 2 * pope["yes"] - pope["recall"],
+        "POPE false positives": (false["random"] + false["popular"]) / 2,
+        "POPE false positives, adversarial": false["adversarial"],
+        "POPE F1, adversarial": parts["adversarial, F1"],
     }
 
 

@@ -14,7 +14,7 @@ from llava_vlora.benchmarks import find
 from llava_vlora.benchmarks.base import FilePicture, Sample
 from llava_vlora.sceneqa import SceneQAError, scene_size, write_pope
 from llava_vlora.sceneqa.render import render
-from llava_vlora.sceneqa.scene import Scene, sample_scene
+from llava_vlora.sceneqa.scene import Scene, SceneObject, sample_scene
 
 pytestmark = pytest.mark.one_stack
 
@@ -46,20 +46,22 @@ def samples(root: Path) -> list[Sample]:
     return find("pope").read(root)
 
 
-def asked(sample: Sample) -> tuple[str, str]:
-    color, kind = sample.prompt.split("?")[0].removeprefix("Is there a ").split()
-    return color, kind
+def asked(sample: Sample) -> str:
+    return sample.prompt.split("?")[0].removeprefix("Is there a ")
 
 
-def shown(sample: Sample, scenes: dict[str, Scene]) -> set[tuple[str, str]]:
+def shown(sample: Sample, scenes: dict[str, Scene]) -> list[SceneObject]:
     assert isinstance(sample.image, FilePicture)
-    return {(o.color, o.kind) for o in scenes[sample.image.path.name].objects}
+    return list(scenes[sample.image.path.name].objects)
 
 
 def test_labels_are_true_and_in_balance(samples: list[Sample], scenes: dict[str, Scene]) -> None:
     assert len(scenes) == IMAGES
     for sample in samples:
-        assert sample.reference == (asked(sample) in shown(sample, scenes))
+        *color, kind = asked(sample).split()
+        assert len(color) == (sample.category == "adversarial")
+        fitting = [o for o in shown(sample, scenes) if o.kind == kind and color in ([], [o.color])]
+        assert sample.reference == bool(fitting)
     by_image = Counter((s.category, s.image.name, s.reference) for s in samples if s.image)
     assert {category for category, _, _ in by_image} == {"random", "popular", "adversarial"}
     for (category, name, label), count in by_image.items():
@@ -68,28 +70,20 @@ def test_labels_are_true_and_in_balance(samples: list[Sample], scenes: dict[str,
 
 
 def test_splits_choose_what_is_absent(samples: list[Sample], scenes: dict[str, Scene]) -> None:
-    every = Counter(
-        pair for scene in scenes.values() for pair in {(o.color, o.kind) for o in scene.objects}
-    )
-    for sample in samples:
-        there = shown(sample, scenes)
-        if sample.reference:
-            continue
-        others = {
-            a
-            for a in (
-                asked(s)
-                for s in samples
-                if s.image == sample.image and s.category == sample.category
-            )
-        }
-        if sample.category == "popular":
-            # Nothing absent that was not asked about is more frequent.
-            rest = [count for pair, count in every.items() if pair not in there | others]
-            assert every[asked(sample)] >= max(rest, default=0)
+    every = Counter(kind for scene in scenes.values() for kind in {o.kind for o in scene.objects})
+    for sample in (s for s in samples if not s.reference):
+        objects = shown(sample, scenes)
         if sample.category == "adversarial":
-            crossed = {(c, k) for c, _ in there for _, k in there} - there
-            assert asked(sample) in crossed or crossed <= others
+            # Both are there, on different objects.
+            color, kind = asked(sample).split()
+            assert any(o.color == color for o in objects)
+            assert any(o.kind == kind for o in objects)
+        if sample.category == "popular":
+            same = [s for s in samples if (s.image, s.category) == (sample.image, "popular")]
+            taken = {asked(s) for s in same} | {o.kind for o in objects}
+            rest = [count for kind, count in every.items() if kind not in taken]
+            # Nothing absent that was not asked about is more frequent.
+            assert every[asked(sample)] >= max(rest, default=0)
 
 
 def test_the_same_arguments_write_the_same(root: Path, tmp_path: Path) -> None:

@@ -258,7 +258,10 @@ def correlation(found: Values) -> str:
         without = f"{number(ends['low'], 2)} to {number(ends['high'], 2)}"
         rows.append([name, number(one["value"], 2), f"{one['p_value']:.3g}", without])
     head = ["", "Coefficient", "p", "Without one model"]
-    return f"<p>{len(found['names'])} models, {escape(found['metric'])}.</p>" + _table(head, rows)
+    return (
+        f"<p>{len(found['names'])} models, {escape(found['score'])} and {escape(found['metric'])}.</p>"
+        + _table(head, rows)
+    )
 
 
 #: Analyses by model, and those that are one list.

@@ -2,15 +2,17 @@
 
 As in POPE (arXiv 2305.10355, section 5) each image is asked about as many absent objects as present ones, and a split
 says which absent ones: ``random``, ``popular`` (most frequent in the images), ``adversarial`` (those that go with what
-the image shows: here of a colour and a kind that are both there, on different objects). An object is a colour and a
-kind.
+the image shows). An object is a kind, such as a circle or a 7; in the adversarial split it is a kind of a colour, and
+the absent ones are of a colour and a kind that are both there, on different objects.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from llava_vlora.sceneqa.dataset import write_lines
@@ -21,8 +23,7 @@ from llava_vlora.sceneqa.sizes import DIGITS, SceneQAError, scene_size
 #: Present objects that an image is asked about, at most; and as many absent ones.
 _EACH = 3
 
-Named = tuple[str, str]
-_Chosen = Callable[[Scene, int], list[Named]]
+_Names = Callable[[Scene], list[str]]
 
 
 def write_pope(root: Path, size: str, seed: int, images: int, held_out: str = "test") -> Path:
@@ -53,10 +54,10 @@ def write_pope(root: Path, size: str, seed: int, images: int, held_out: str = "t
         place.mkdir(parents=True, exist_ok=True)
     marker.write_text(f"{size} {seed} {images} {held_out}\n", encoding="utf-8")
     asked = []
-    for split, absent in _absent(scenes, rng).items():
-        rows = list(_rows(scenes, absent))
-        write_lines(folder / "coco" / f"coco_pope_{split}.json", rows)
-        asked += [{"image": row["image"], "text": row["text"], "category": split} for row in rows]
+    for name, split in _splits(scenes, rng).items():
+        rows = list(_rows(scenes, split))
+        write_lines(folder / "coco" / f"coco_pope_{name}.json", rows)
+        asked += [{"image": row["image"], "text": row["text"], "category": name} for row in rows]
     numbered = ({"question_id": i, **row} for i, row in enumerate(asked))
     write_lines(folder / "llava_pope_test.jsonl", numbered)
     for index, scene in enumerate(scenes):
@@ -68,44 +69,52 @@ def _image(index: int) -> str:
     return f"scene_{index:06d}.png"
 
 
-def _rows(scenes: list[Scene], absent: _Chosen) -> Iterator[Mapping[str, object]]:
+def _rows(scenes: list[Scene], split: _Split) -> Iterator[Mapping[str, object]]:
     """A label for each question, present and absent objects in turn."""
     for index, scene in enumerate(scenes):
-        there = _objects(scene)[:_EACH]
-        for pair in zip(there, absent(scene, len(there)), strict=True):
-            for (color, kind), label in zip(pair, ("yes", "no"), strict=True):
-                text = f"Is there a {color} {kind}?"
+        absent = split.absent(scene)
+        there = split.present(scene)[: min(_EACH, len(absent))]
+        for pair in zip(there, absent, strict=False):
+            for item, label in zip(pair, ("yes", "no"), strict=True):
+                text = f"Is there a {item}?"
                 yield {"image": _image(index), "text": text, "label": label}
 
 
-def _objects(scene: Scene) -> list[Named]:
-    return list(dict.fromkeys((o.color, o.kind) for o in scene.objects))
+@dataclass(frozen=True)
+class _Split:
+    """What is in a scene and what is not, in the order in which it is asked about."""
+
+    present: _Names
+    absent: _Names
 
 
-def _absent(scenes: list[Scene], rng: random.Random) -> dict[str, _Chosen]:
-    """How each split chooses what is not in a scene."""
+def _splits(scenes: list[Scene], rng: random.Random) -> dict[str, _Split]:
     size = scenes[0].size
-    every = [(color, kind) for color in size.colors for kind in (*size.shapes, *DIGITS)]
-    frequent = Counter(pair for scene in scenes for pair in _objects(scene))
+    kinds, pairs = (*size.shapes, *DIGITS), list(itertools.product(size.colors, size.shapes))
+    pairs += itertools.product(size.colors, DIGITS)
+    frequent = Counter(kind for scene in scenes for kind in _kinds(scene))
 
-    def missing(scene: Scene) -> list[Named]:
+    def missing(scene: Scene) -> list[str]:
         """In random order, so that what is sorted afterwards has no preference among equals."""
-        there = set(_objects(scene))
-        return rng.sample([pair for pair in every if pair not in there], len(every) - len(there))
+        absent = [kind for kind in kinds if kind not in _kinds(scene)]
+        return rng.sample(absent, len(absent))
 
-    def popular(scene: Scene, count: int) -> list[Named]:
-        return sorted(missing(scene), key=lambda pair: -frequent[pair])[:count]
-
-    def adversarial(scene: Scene, count: int) -> list[Named]:
-        colors = {color for color, _ in _objects(scene)}
-        kinds = {kind for _, kind in _objects(scene)}
-        shared = [
-            ((color in colors) + (kind in kinds), (color, kind)) for color, kind in missing(scene)
-        ]
-        return [pair for _, pair in sorted(shared, key=lambda s: -s[0])][:count]
+    def crossed(scene: Scene) -> list[str]:
+        colors, here = {o.color for o in scene.objects}, _kinds(scene)
+        absent = [f"{c} {k}" for c, k in pairs if c in colors and k in here]
+        absent = [name for name in absent if name not in _colored(scene)]
+        return rng.sample(absent, len(absent))
 
     return {
-        "random": lambda scene, count: missing(scene)[:count],
-        "popular": popular,
-        "adversarial": adversarial,
+        "random": _Split(_kinds, missing),
+        "popular": _Split(_kinds, lambda s: sorted(missing(s), key=lambda kind: -frequent[kind])),
+        "adversarial": _Split(_colored, crossed),
     }
+
+
+def _kinds(scene: Scene) -> list[str]:
+    return list(dict.fromkeys(o.kind for o in scene.objects))
+
+
+def _colored(scene: Scene) -> list[str]:
+    return list(dict.fromkeys(f"{o.color} {o.kind}" for o in scene.objects))
