@@ -176,6 +176,7 @@ def test_correlation_of_views_with_chair(
     )
     stated = {n: {"chair_i": i / 10, "chair_s": 0.5} for i, n in enumerate(values)}
     chairs.write_text(json.dumps({"what": "chair", "models": stated}))
+    (tmp_path / "score.json").write_text('{"what": "score", "models": {"a": {}}}')
     flags = ["ima", "correlate", "--out", str(tmp_path)]
     wanted = ["--scores", f"{views}:reading", "--metrics", f"{chairs}:chair_i"]
     assert main([*flags, *wanted]) == 0
@@ -192,6 +193,7 @@ def test_correlation_of_views_with_chair(
         (str(views), f"{chairs}:chair_i", "no '' of a"),
         (f"{views}:reading", f"{chairs}:F1", "has no 'F1' of 'a', 'b', 'c', 'd'"),
         (f"{chairs}:reading", f"{chairs}:chair_i", "is not of `ima views`"),
+        (str(tmp_path / "score.json"), f"{chairs}:chair_i", "KeyError('all')); make it again"),
     ):
         assert main([*flags, "--scores", scores, "--metrics", metrics]) == 2
         assert message in capsys.readouterr().err
@@ -270,9 +272,9 @@ def mask(masks: Path, name: str) -> Path:
 
 
 def test_masks_their_overlap_and_their_subnetwork(masks: Path, tmp_path: Path) -> None:
-    files = [str(mask(masks, "wanda-P")), str(mask(masks, "wanda-T"))]
+    files = [str(mask(masks, "wanda-P-0.5")), str(mask(masks, "wanda-T-0.5"))]
     assert MaskSet.load(files[0]).sparsity == pytest.approx(0.5)
-    assert MaskSet.load(mask(masks, "magnitude-all")).sparsity == pytest.approx(0.3, abs=0.01)
+    assert MaskSet.load(mask(masks, "magnitude-all-0.3")).sparsity == pytest.approx(0.3, abs=0.01)
     assert main(["ima", "iou", *files, "--out", str(tmp_path)]) == 0
     found = read(tmp_path / "iou.json")["models"]["overlaps"]
     (only,) = found.values()
@@ -305,13 +307,13 @@ def changed(verb: str, models: dict[str, Path], scenes: Path, out: Path, *more: 
 def test_benchmarks_of_pruned_models(
     masks: Path, models: dict[str, Path], scenes: Path, tmp_path: Path
 ) -> None:
-    flags = ["--mask", mask(masks, "wanda-P"), "--mask", mask(masks, "magnitude-all")]
+    flags = ["--mask", mask(masks, "wanda-P-0.5"), "--mask", mask(masks, "magnitude-all-0.3")]
     assert changed("prune-eval", models, scenes, tmp_path, *flags) == 0
     found = read(tmp_path / "prune-eval.json")["models"]
     assert [one["name"] for one in found] == [
         "dense",
-        "mlp-finetune-wanda-P",
-        "mlp-finetune-magnitude-all",
+        "mlp-finetune-wanda-P-0.5",
+        "mlp-finetune-magnitude-all-0.3",
     ]
     assert [one["sparsity"] for one in found] == pytest.approx([0, 0.5, 0.3], abs=0.01)
     assert all("F1" in one["metrics"]["pope"] for one in found)
@@ -392,7 +394,7 @@ def test_one_page_of_all_analyses(
     for verb in ("score", "norms", "vocab"):
         assert ima(verb, models, data_dir, tmp_path) == 0
     assert ima("ablate", models, data_dir, tmp_path, only="vlora") == 0
-    files = [str(mask(masks, f"wanda-{tokens}")) for tokens in "PT"]
+    files = [str(mask(masks, f"wanda-{tokens}-0.5")) for tokens in "PT"]
     for verb in ("iou", "subnet"):
         assert main(["ima", verb, *files, "--out", str(tmp_path)]) == 0
     assert changed("prune-eval", models, scenes, tmp_path, "--mask", files[0]) == 0

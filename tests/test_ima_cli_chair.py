@@ -53,6 +53,9 @@ def test_shares_by_hand(files: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert run(files) == 0
     found = read(files)
     good, poor = found["models"]["good"], found["models"]["poor"]
+    assert main(["ima", "report", str(files / "out")]) == 0
+    page = (files / "out" / "report.html").read_text()
+    assert "66.7" in page.split("CHAIR-i")[1]
     # men, puppy, mouse: all shown
     assert (good["chair_i"], good["chair_s"], good["mentions"]) == (0, 0, 3)
     # woman | hot dog; Mice | knives, ox; dog

@@ -318,7 +318,7 @@ def repaired(
             words += ["--set", f"{data_dir / 'finetune.json'}:{data_dir / 'images'}", "--limit", 4]
             words += ["--sparsity", 0.3, "--device", "cpu", "--out", root]
             assert main(["ima", "wanda", *map(str, words)]) == 0
-            files.append(str(root / f"{short}-finetune-wanda-{tokens}.safetensors"))
+            files.append(str(root / f"{short}-finetune-wanda-{tokens}-0.3.safetensors"))
         assert main(["ima", "subnet", *files, "--out", str(root / short)]) == 0
         mask = root / short / "subnet.safetensors"
         more = {"vlora_prune_mask": mask, "pretrain_mm_mlp_adapter": first / "mm_projector.bin"}

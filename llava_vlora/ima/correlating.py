@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from ..comparison.results import read_results
-from ..errors import DataError, IMAError, listing
+from ..errors import DataError, IMAError, VLoRAError, listing
 from ..evaluation.files import read_json
 from ..report.plots import save
 from .chair_files import chair_metrics
@@ -52,12 +52,24 @@ def correlate_files(scores: str, metrics: str, out: Path, *, seed: int = 0) -> s
 def _scores(text: str) -> tuple[dict[str, float], str]:
     """Scores by model, and what they are."""
     file, quantity = _file(text)
-    read = read_json(file)
+    try:
+        return _read_scores(read_json(file), file, quantity)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, VLoRAError):
+            raise
+        raise DataError(
+            f"{file} is not what this version writes ({error!r}); make it again."
+        ) from error
+
+
+def _read_scores(read: Any, file: Path, quantity: str) -> tuple[dict[str, float], str]:
     what = read.get("what") if isinstance(read, dict) else None
     if what == "views":
         return _of_views(read["models"], quantity, file), quantity
     if quantity:
-        raise DataError(f"{file} is not of `ima views`, which alone has quantities: {text}.")
+        raise DataError(
+            f"{file} is not of `ima views`, which alone has quantities, such as {quantity!r}."
+        )
     if what == "score":
         models = {name: found["all"] for name, found in read["models"].items()}
         views = {found["view"] for found in models.values()}

@@ -17,6 +17,7 @@ from .sections import BY_MODEL, OTHERS, VIEWS, Values
 _TITLES = {
     "score": "IMA score",
     "correlate": "Score against metric",
+    "chair": "Objects that captions name and images do not show",
     "sim": "Perceptual and textual tokens",
     "selfsim": "Tokens and themselves some blocks later",
     "norms": "Norms of tokens",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib.figure import Figure
 
 from ..decoder import decoder_layers
@@ -85,13 +86,22 @@ class Run:
             self.advance(len(batch))
 
     def again(self, name: str) -> Sequence[Example]:
-        """The same in memory, for what compares all examples with all."""
-        return list(self.states(name))
+        """The same in memory, not the model's, for what compares all examples with all."""
+        return [
+            replace(e, roles=e.roles.cpu(), states={k: s.cpu() for k, s in e.states.items()})
+            for e in self.states(name)
+        ]
 
     def images(self, name: str) -> Clusters:
         """Which examples share an image."""
         samples = self.data[name].samples
         return {str(s.id): s.image.name if s.image else str(s.id) for s in samples}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        parameter: torch.Tensor = next(self.loaded.model.parameters())
+        return parameter.device
 
     def figure(self, name: str) -> str:
         """How figures of one data set are called."""
@@ -179,11 +189,9 @@ def _all_pairs(
     run: Run, examples: Sequence[Example], point: str, layers: Sequence[int] | None
 ) -> list[Curve]:
     sim, seed = run.options.sim, run.options.seed
-    across = cross_similarity(examples, "P", examples, "T", sim, point=point, layers=layers)
-    within = [
-        intra_similarity(examples, kind, sim, seed=seed, point=point, layers=layers)
-        for kind in ("P", "T")
-    ]
+    options: dict[str, Any] = {"point": point, "layers": layers, "device": run.device}
+    across = cross_similarity(examples, "P", examples, "T", sim, **options)
+    within = [intra_similarity(examples, kind, sim, seed=seed, **options) for kind in ("P", "T")]
     return [across, *within]
 
 
@@ -234,6 +242,7 @@ def score(run: Run, *, perceptual_layer: str) -> Found:
         layers=textual_blocks(run),
         clusters={name: run.images(name) for name in run.data},
         seed=run.options.seed,
+        device=run.device,
     )
     return Found({"all": asdict(found)}, {run.name: found.whole.curve})
 

@@ -264,6 +264,20 @@ def correlation(found: Values) -> str:
     )
 
 
+def chair(models: Values) -> str:
+    """Shares of what captions name and images do not show."""
+    rows = []
+    for model, one in models.items():
+        shares = []
+        for metric in ("chair_i", "chair_s"):
+            ends = one[f"{metric}_interval"]
+            value = None if one[metric] is None else 100 * one[metric]
+            span = None if ends is None else [100 * ends["low"], 100 * ends["high"]]
+            shares.append(number(value, 1) + _span(span, 1))
+        rows.append([escape(model), *shares, str(one["mentions"]), str(one["captions"])])
+    return _table(["Model", "CHAIR-i, %", "CHAIR-s, %", "Mentions", "Captions"], rows)
+
+
 #: Analyses by model, and those that are one list.
 BY_MODEL: Mapping[str, Callable[[Values], str]] = {
     "score": score,
@@ -274,6 +288,7 @@ BY_MODEL: Mapping[str, Callable[[Values], str]] = {
     "tsne": lambda models: "",
     "views": views,
     "ablate": ablations,
+    "chair": chair,
 }
 OTHERS: Mapping[str, Callable[[Any], str]] = {
     "iou": overlap,

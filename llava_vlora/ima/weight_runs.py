@@ -70,6 +70,10 @@ def make_masks(
     if sparsity is None and pattern == "unstructured":
         sparsity = _SPARSITY
     shape: dict[str, Any] = {"sparsity": sparsity, "group": group, "pattern": pattern}
+    # Another kind of mask is another file, so that a second call leaves the first one's masks alone.
+    share = f"{sparsity:g}" if pattern == "unstructured" else pattern.replace(":", "of")
+    others = (context != "joint", context), (group != "row", group), (sequential, "sequential")
+    kind = "-".join([share, *(word for differs, word in others if differs)])
     files = {}
     for name in run.data:
         mask: MaskSet
@@ -86,7 +90,7 @@ def make_masks(
             )
         else:
             mask = make_mask(_scores(run, name, measure, tokens, context), **shape)
-        files[name] = folder / f"{run.name}-{name}-{measure}-{tokens}.safetensors"
+        files[name] = folder / f"{run.name}-{name}-{measure}-{tokens}-{kind}.safetensors"
         mask.save(files[name])
     return files
 
