@@ -52,6 +52,7 @@ def environment(**more: str) -> dict[str, str]:
     # One ninja for all: another version would compile DeepSpeed's parts anew, each time.
     programs = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     built = {"TORCH_EXTENSIONS_DIR": extensions(), "PATH": programs}
+    built["CXX"] = str(REPO / "tests" / "compiling.py")
     return {**os.environ, **quiet, **built, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
 
 
