@@ -222,6 +222,7 @@ def _correlations(
     place = {name: float(i) for i, name in enumerate(scores)}
     shared = [s for s in next(iter(scores.values())) if all(s in one for one in scores.values())]
     every = {s: {name: one[s]["value"] for name, one in scores.items()} for s in shared}
+    every = {s: values for s, values in every.items() if _varies(values)}
     every["order"] = place
     for score, values in every.items():
         for metric in next(iter(metrics.values())):
@@ -230,6 +231,12 @@ def _correlations(
             if score != "order":
                 said["change"] = _told(_changes(values), _changes(theirs))
             yield said
+
+
+def _varies(values: Mapping[str, float]) -> bool:
+    """Whether a score differs by more than rounding; the overlap of a factor that images share is 1 for all models."""
+    low, high = min(values.values()), max(values.values())
+    return high - low > 1e-5 * max(abs(low), abs(high))
 
 
 def _changes(values: Mapping[str, float]) -> dict[str, float]:
