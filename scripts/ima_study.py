@@ -245,10 +245,11 @@ def _changes(values: Mapping[str, float]) -> dict[str, float]:
 
 def _told(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, Any] | None:
     try:
-        return asdict(correlate(first, second))
+        found = asdict(correlate(first, second))
     except IMAError as error:
         print(error, file=sys.stderr)
         return None
+    return {key: value for key, value in found.items() if key != "names"}
 
 
 def _figure(groups: Mapping[str, Any]) -> Any:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the figures of the README and of docs/serving.md from committed results, so that none is typed by hand.
+"""Write the figures of README.md, docs/serving.md and docs/ima.md from committed results: none is typed by hand.
 
 scripts/update_readme.py [--demo RUN] [--bench FILE]
 
@@ -211,12 +211,59 @@ def quantised_block() -> list[str]:
     return lines
 
 
+#: What is shown of the study; the first of each kind was chosen before any was looked at.
+STUDIED = {
+    "llava": (
+        "tokens: median, same block, all pairs",
+        "tokens: avg, same block, all pairs",
+        "tokens: median, input block, all pairs",
+        "order",
+    ),
+    "vlora": (
+        "counterfactual: median, same block, all pairs",
+        "basis: reading",
+        "basis: effective rank",
+        "basis: image share",
+        "stream: cos(u, W x)",
+        "order",
+    ),
+}
+
+
+def study_block() -> list[str]:
+    """Correlations of scores with accuracy and false positives, over checkpoints."""
+    study = _read(RESULTS / "ima-study.json")
+    lines = [
+        "| | score | accuracy | its changes | false positives | their changes |",
+        "|---|---|---|---|---|---|",
+    ]
+    for group, scores in STUDIED.items():
+        told = {(c["score"], c["metric"]): c for c in study["groups"][group]["correlations"]}
+        for score in scores:
+            cells = [
+                _rank(told[score, metric].get(part))
+                for metric in ("SceneQA accuracy", "POPE false positives")
+                for part in ("level", "change")
+            ]
+            lines.append(f"| {group} | {score} | {' | '.join(cells)} |")
+    return lines
+
+
+def _rank(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    one = found["spearman"]
+    sign = f"{one['value']:+.2f}".replace("-", "\u2212")
+    return f"{sign} (p {one['p_value']:.2g})"
+
+
 #: Mark -> the document that has it, and what stands there.
 BLOCKS: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "demo": ("README.md", lambda: demo_block(_read(DEMO))),
     "bench": ("README.md", lambda: bench_block(_read(BENCH))),
     "training": ("README.md", lambda: training_block(_read(TRAIN))),
     "quantised": ("docs/serving.md", quantised_block),
+    "study": ("docs/ima.md", study_block),
 }
 
 
