@@ -19,7 +19,9 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+import ima_blocks  # noqa: E402
 
 from llava_vlora.bench import training_summary as training  # noqa: E402
 from llava_vlora.bench.calls import SYSTEMS  # noqa: E402
@@ -211,59 +213,13 @@ def quantised_block() -> list[str]:
     return lines
 
 
-#: What is shown of the study; the first of each kind was chosen before any was looked at.
-STUDIED = {
-    "llava": (
-        "tokens: median, same block, all pairs",
-        "tokens: avg, same block, all pairs",
-        "tokens: median, input block, all pairs",
-        "order",
-    ),
-    "vlora": (
-        "counterfactual: median, same block, all pairs",
-        "basis: reading",
-        "basis: effective rank",
-        "basis: image share",
-        "stream: cos(u, W x)",
-        "order",
-    ),
-}
-
-
-def study_block() -> list[str]:
-    """Correlations of scores with accuracy and false positives, over checkpoints."""
-    study = _read(RESULTS / "ima-study.json")
-    lines = [
-        "| | score | accuracy | its changes | false positives | their changes |",
-        "|---|---|---|---|---|---|",
-    ]
-    for group, scores in STUDIED.items():
-        told = {(c["score"], c["metric"]): c for c in study["groups"][group]["correlations"]}
-        for score in scores:
-            cells = [
-                _rank(told[score, metric].get(part))
-                for metric in ("SceneQA accuracy", "POPE false positives")
-                for part in ("level", "change")
-            ]
-            lines.append(f"| {group} | {score} | {' | '.join(cells)} |")
-    return lines
-
-
-def _rank(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return ""
-    one = found["spearman"]
-    sign = f"{one['value']:+.2f}".replace("-", "\u2212")
-    return f"{sign} (p {one['p_value']:.2g})"
-
-
 #: Mark -> the document that has it, and what stands there.
 BLOCKS: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "demo": ("README.md", lambda: demo_block(_read(DEMO))),
     "bench": ("README.md", lambda: bench_block(_read(BENCH))),
     "training": ("README.md", lambda: training_block(_read(TRAIN))),
     "quantised": ("docs/serving.md", quantised_block),
-    "study": ("docs/ima.md", study_block),
+    **{mark: ("docs/ima.md", block) for mark, block in ima_blocks.BLOCKS.items()},
 }
 
 
