@@ -17,6 +17,7 @@ from llava_vlora.ima.data import from_file
 from llava_vlora.ima.masks import MaskSet
 from llava_vlora.ima.norms import TokenNorms
 from llava_vlora.ima.overlap import mask_iou
+from llava_vlora.ima.pairs import cross_similarity
 from llava_vlora.ima.preparing import prepare
 from llava_vlora.ima.states import collect
 from llava_vlora.ima.store import StateStore
@@ -79,6 +80,43 @@ def test_every_analysis_has_a_file_and_a_figure(
     # One figure a view: they are not compared.
     names = {f"{verb[0]}-{view}.png" for view in ("tokens", "counterfactual")}
     assert {file.name for file in tmp_path.glob("*.png")} == names
+
+
+@pytest.mark.parametrize("sim", ["median", "avg"])
+def test_all_pairs_are_also_those_of_two_data_sets(
+    sim: str, models: dict[str, Path], data_dir: Path, tmp_path: Path
+) -> None:
+    names = ("finetune", "pretrain")
+    flags = [
+        "--pairs",
+        "all",
+        "--sim",
+        sim,
+        "--set",
+        f"{data_dir / 'pretrain.json'}:{data_dir / 'images'}",
+    ]
+    assert ima("sim", models, data_dir, tmp_path, *flags, only="mlp") == 0
+    found = read(tmp_path / "sim.json")["models"]["mlp"]
+    assert list(found) == [*names, "finetune and pretrain"]
+    assert [c["of"]["kinds"] for c in found["finetune"]] == ["P vs T", "P vs P", "T vs T"]
+    loaded = load(str(models["mlp"]), device="cpu")
+    first, second = (
+        list(
+            collect(
+                loaded.model,
+                prepare(
+                    loaded,
+                    from_file(data_dir / f"{name}.json", data_dir / "images", limit=4),
+                    text="question+answer",
+                ),
+            )
+        )
+        for name in names
+    )
+    for kind, curve in zip("PT", found["finetune and pretrain"], strict=True):
+        expected = cross_similarity(first, kind, second, kind, sim)  # type: ignore[arg-type]
+        assert curve["mean"] == pytest.approx(list(expected.mean), rel=1e-4)
+        assert curve["count"] == 16
 
 
 def test_examples_in_the_plane(models: dict[str, Path], data_dir: Path, tmp_path: Path) -> None:

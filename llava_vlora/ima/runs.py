@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -159,40 +160,49 @@ def self_similarity(run: Run) -> Found:
 
 
 def cross_modal(run: Run) -> Found:
-    """Similarity of perceptual and textual tokens, and of each kind between two halves of a data set."""
+    """Similarity of perceptual and textual tokens, and of each kind within a data set and between two."""
     values, curves = dict[str, Any](), dict[str, Curve]()
     options = run.options
     check_sim(options.sim, options.pairs)
-    for name in run.data:
-        found: list[Curve]
-        if options.pairs == "all" and options.sim not in VECTOR_SIMS:
-            examples = run.again(name)
-            found = [
-                curve
-                for point in options.points
-                for curve in _all_pairs(run, examples, point, _inner(run, point))
-            ]
-        else:
-            kind = MatchedSimilarity if options.pairs == "matched" else VectorPairs
-            statistics = [
-                kind(sim=options.sim, point=point, layers=_inner(run, point))
-                for point in options.points
-            ]
-            feed(run.states(name), *statistics)
-            found = [statistic.result() for statistic in statistics]
-        values[name] = [asdict(curve) for curve in found]
-        curves |= {_title(name, curve, run): curve for curve in found}
+    if options.pairs == "all" and (len(run.data) > 1 or options.sim not in VECTOR_SIMS):
+        found = _all_pairs(run)
+    else:
+        found = {name: _one_pass(run, name) for name in run.data}
+    for name, some in found.items():
+        values[name] = [asdict(curve) for curve in some]
+        curves |= {_title(name, curve, run): curve for curve in some}
     return Found(values, curves)
 
 
-def _all_pairs(
-    run: Run, examples: Sequence[Example], point: str, layers: Sequence[int] | None
-) -> list[Curve]:
+def _one_pass(run: Run, name: str) -> list[Curve]:
+    options = run.options
+    kind = MatchedSimilarity if options.pairs == "matched" else VectorPairs
+    statistics = [
+        kind(sim=options.sim, point=point, layers=_inner(run, point)) for point in options.points
+    ]
+    feed(run.states(name), *statistics)
+    return [statistic.result() for statistic in statistics]
+
+
+def _all_pairs(run: Run) -> dict[str, list[Curve]]:
+    """Within each data set and between each two."""
     sim, seed = run.options.sim, run.options.seed
-    options: dict[str, Any] = {"point": point, "layers": layers, "device": run.device}
-    across = cross_similarity(examples, "P", examples, "T", sim, **options)
-    within = [intra_similarity(examples, kind, sim, seed=seed, **options) for kind in ("P", "T")]
-    return [across, *within]
+    examples = {name: run.again(name) for name in run.data}
+    found: dict[str, list[Curve]] = {name: [] for name in examples}
+    for point in run.options.points:
+        shared: dict[str, Any] = {
+            "point": point,
+            "layers": _inner(run, point),
+            "device": run.device,
+        }
+        for name, own in examples.items():
+            across = cross_similarity(own, "P", own, "T", sim, **shared)
+            within = [intra_similarity(own, kind, sim, seed=seed, **shared) for kind in ("P", "T")]
+            found[name] += [across, *within]
+        for (first, own), (second, other) in combinations(examples.items(), 2):
+            between = found.setdefault(f"{first} and {second}", [])
+            between += [cross_similarity(own, k, other, k, sim, **shared) for k in ("P", "T")]
+    return found
 
 
 def vocabulary(run: Run) -> Found:
