@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
@@ -121,6 +122,21 @@ def skip_block() -> list[str]:
     return lines
 
 
+def time_block() -> list[str]:
+    """Measured time beside computed FLOPs."""
+    (measured,) = _read(RESULTS / "ima-skip-1b-cpu.json")["models"]["measured"]
+    lines = [
+        "| visual tokens skipped | kind | time, x dense | FLOPs, x dense |",
+        "|---|---|---|---|",
+    ]
+    for time in measured["times"]:
+        plan, ratio = time["plan"], time["ratio"]
+        spread = f"{median(ratio):.2f} ({min(ratio):.2f}-{max(ratio):.2f})"
+        share = f"{100 * plan['ratio']:.0f} %"
+        lines.append(f"| {share} | {plan['kind']} | {spread} | {time['flops_ratio']:.2f} |")
+    return lines
+
+
 def _read(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
@@ -131,4 +147,5 @@ BLOCKS: dict[str, Callable[[], list[str]]] = {
     "carry": carry_block,
     "prune": prune_block,
     "skip": skip_block,
+    "time": time_block,
 }
