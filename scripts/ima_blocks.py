@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
@@ -130,8 +129,8 @@ def time_block() -> list[str]:
         "|---|---|---|---|",
     ]
     for time in measured["times"]:
-        plan, ratio = time["plan"], time["ratio"]
-        spread = f"{median(ratio):.2f} ({min(ratio):.2f}-{max(ratio):.2f})"
+        plan, (middle, low, high) = time["plan"], time["ratio"]
+        spread = f"{middle:.2f} ({low:.2f}-{high:.2f})"
         share = f"{100 * plan['ratio']:.0f} %"
         lines.append(f"| {share} | {plan['kind']} | {spread} | {time['flops_ratio']:.2f} |")
     return lines

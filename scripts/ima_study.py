@@ -13,10 +13,11 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean
 from typing import Any, get_args
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,15 +28,12 @@ from llava_vlora.cli.compare import pairs  # noqa: E402
 from llava_vlora.comparison.results import read_results  # noqa: E402
 from llava_vlora.errors import IMAError  # noqa: E402
 from llava_vlora.evaluation.files import read_json, write_json  # noqa: E402
-from llava_vlora.ima.basis import measure_basis  # noqa: E402
 from llava_vlora.ima.correlation import correlate  # noqa: E402
 from llava_vlora.ima.data import from_benchmark  # noqa: E402
 from llava_vlora.ima.runs import Options, Run, open_run, textual_blocks  # noqa: E402
 from llava_vlora.ima.score import PerceptualLayer, ima_score  # noqa: E402
 from llava_vlora.ima.similarity import Pairs, Sim  # noqa: E402
-from llava_vlora.ima.streams import measure_streams  # noqa: E402
-from llava_vlora.ima.subspaces import measure_overlap  # noqa: E402
-from llava_vlora.ima.views import Measured, perceptual_weights  # noqa: E402
+from llava_vlora.ima.view_runs import views  # noqa: E402
 from llava_vlora.report.plots import GRID, PALETTE, new_figure, save  # noqa: E402
 from llava_vlora.sceneqa import dataset_files, write_dataset, write_pope  # noqa: E402
 
@@ -180,36 +178,16 @@ def _alignment(run: Run) -> dict[str, Any]:
 
 
 def _views(run: Run) -> dict[str, Any]:
-    model = run.loaded.model
+    """Means over blocks and weight types alike."""
     try:
-        measured = [
-            *measure_streams(model, run.batches("sceneqa")),
-            *measure_basis(model, run.batches("sceneqa")).measured,
-            *_overlap(run).measured,
-        ]
+        means = views(run).values["sceneqa"]["means"]
     except IMAError as error:
         print(f"{run.name}: no views. {error}", file=sys.stderr)
         return {}
-    return {f"{one.view}: {one.quantity}": {"value": _mean(one)} for one in measured}
-
-
-def _overlap(run: Run) -> Any:
-    """Each image once."""
-    seen, images = set[Hashable](), run.images("sceneqa")
-
-    def once() -> Iterable[Any]:
-        for batch in run.batches("sceneqa"):
-            (name,) = batch.names
-            if images[name] not in seen:
-                seen.add(images[name])
-                yield perceptual_weights(batch)
-
-    return measure_overlap(once())
-
-
-def _mean(measured: Measured) -> float:
-    """Over blocks and weight types alike."""
-    return sum(cell.mean for cell in measured.cells) / len(measured.cells)
+    return {
+        f"{one['view']}: {one['quantity']}": {"value": fmean(m for m, _ in one["types"].values())}
+        for one in means
+    }
 
 
 # --- of a group ------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..errors import IMAError
-from ..report.plots import GRID, PALETTE, new_figure
+from ..report.plots import GRID, INK, PALETTE, new_figure
 from .correlation import Correlation
 from .curves import Curve
 from .embedding import Embedding
@@ -18,7 +18,6 @@ from .embedding import Embedding
 #: Of lines, where there are more than colours.
 _STYLES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "^", "s", "D")
-_INK = "#1f2933"
 
 
 def curve_plot(
@@ -122,7 +121,7 @@ def score_plot(
             textcoords="offset points",
             ha="center",
             fontsize=8.5,
-            color=_INK,
+            color=INK,
         )
     parts = [
         f"{name} {c.value:.2f} ({c.leave_one_out.low:.2f} to {c.leave_one_out.high:.2f} without one point), "

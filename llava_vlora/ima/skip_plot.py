@@ -9,10 +9,9 @@ from itertools import cycle
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..report.plots import PALETTE
+from ..report.plots import INK, PALETTE
 from .view_plots import grid, legend
 
-_INK = "#1f2933"
 #: Inches of a panel.
 _ALONE, _BESIDE = 7.0, 5.0
 _UNITS = ((1e12, "TFLOPs"), (1e9, "GFLOPs"), (1e6, "MFLOPs"))
@@ -93,7 +92,7 @@ def times_plot(panels: Mapping[str, Sequence[Timed]]) -> Figure:
             one.plot(
                 x, [p.flops for p in own], "s:", color=color, mfc="none", label=f"{series}: FLOPs"
             )
-        one.axhline(1, color=_INK, lw=1, ls=(0, (3, 2)), label="dense")
+        one.axhline(1, color=INK, lw=1, ls=(0, (3, 2)), label="dense")
         one.set_title(title, loc="left", fontsize=9.5)
         one.set_xlabel("Share of the rows that are skipped")
         one.set_ylim(bottom=0)

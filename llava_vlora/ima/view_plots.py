@@ -10,15 +10,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..errors import IMAError
-from ..report.plots import COLORS, PALETTE, new_figure
+from ..report.plots import COLORS, INK, PALETTE, new_figure
 from .ablation import AblationResult, Row
 from .basis import BasisResult
 from .states import POINTS
 from .views import Measured, same_view
 
 #: Colours of Okabe and Ito for weight types and states, in the order in which these are drawn.
-_EIGHT = (*PALETTE, "#1f2933", "#999999")
-_INK = "#1f2933"
+_EIGHT = (*PALETTE, INK, "#999999")
 #: Width of a page in inches, on which text of figures is as large as the page's.
 _PAGE = 10.4
 #: Of a legend, at most.
@@ -105,7 +104,7 @@ def _heat_map(axes: Axes, one: Measured) -> None:
             va="center",
             fontsize=7.5,
             rotation=0 if len(blocks) <= _WIDE else 90,
-            color=_INK if bright else "white",
+            color=INK if bright else "white",
         )
     levels = {round(c.chance, 3) for c in one.cells if c.chance is not None}
     chance = f"\nchance {', '.join(f'{level:g}' for level in sorted(levels))}" if levels else ""
@@ -167,10 +166,10 @@ def ablations(results: Sequence[AblationResult]) -> Figure:
         axes.grid(False, axis="y")
     for i, (group, _) in enumerate(keys):
         if i == 0 or group != keys[i - 1][0]:
-            panels[0].text(0, ticks[i] - 0.55, GROUPS[group], fontsize=7.5, color=_INK, va="bottom")
+            panels[0].text(0, ticks[i] - 0.55, GROUPS[group], fontsize=7.5, color=INK, va="bottom")
     panels[0].set_xlabel("Log-likelihood of the right answer: drop")
     panels[1].set_xlabel("Right answers, %")
-    panels[1].axvline(100 * results[0].rows[0].accuracy, color=_INK, lw=1, ls=(0, (3, 2)),
+    panels[1].axvline(100 * results[0].rows[0].accuracy, color=INK, lw=1, ls=(0, (3, 2)),
                       label="whole weights")  # fmt: skip
     panels[1].set_yticklabels([])
     legend(figure, panels)
@@ -190,7 +189,7 @@ def _bars(
     panels[0].barh(places, drops, height, color=color, label=label)
     for place, row in zip(places, rows, strict=True):
         ends = [row.drop_interval.low, row.drop_interval.high]
-        panels[0].plot(ends, [place, place], color=_INK, lw=0.9)
+        panels[0].plot(ends, [place, place], color=INK, lw=0.9)
     panels[1].barh(places, [100 * row.accuracy for row in rows], height, color=color)
 
 
@@ -212,7 +211,7 @@ def _title(place: str) -> str:
 def _chance_line(axes: Axes, one: Measured) -> None:
     levels = {cell.chance for cell in one.cells if cell.chance is not None}
     if len(levels) == 1:
-        axes.axhline(levels.pop(), color=_INK, lw=1, ls=(0, (3, 2)), label="chance")
+        axes.axhline(levels.pop(), color=INK, lw=1, ls=(0, (3, 2)), label="chance")
 
 
 def legend(figure: Figure, panels: Sequence[Axes]) -> None:

@@ -20,7 +20,7 @@ COLORS = {"llava": "#0072B2", "vlora": "#D55E00", "blind": "#999999"}
 NAMES = {"llava": "LLaVA", "vlora": "VLoRA", "blind": "Blind (LLaVA without the image)"}
 #: Of figures as they are saved.
 DPI = 160
-_INK, GRID = "#1f2933", "#e4e7eb"
+INK, GRID = "#1f2933", "#e4e7eb"
 _PARTS = {"vision": "vision tower", "connector": "connector", "prefill": "language model"}
 _PART_COLORS = {"vision": "#c3ccd5", "connector": "#E69F00", "prefill": "#56B4E9"}
 _STAGE_NAMES = {"pretrain": "1. Pretraining: captions", "finetune": "2. Fine-tuning: questions"}
@@ -42,11 +42,11 @@ def accuracy_plot(report: Report) -> Figure:
             [end - s for s, end in zip(shares, high, strict=True)],
         )
         axes.bar(places, shares, width, color=COLORS[name], label=NAMES[name], **_STYLE)
-        axes.errorbar(places, shares, arms, fmt="none", ecolor=_INK, elinewidth=1, capsize=2.5)
+        axes.errorbar(places, shares, arms, fmt="none", ecolor=INK, elinewidth=1, capsize=2.5)
     for i, category in enumerate(categories):
         level = 100 * report["baselines"]["chance"][category]
         label = "Chance" if i == 0 else None
-        axes.plot([i - 0.45, i + 0.45], [level, level], color=_INK, ls=(0, (3, 2)), label=label)
+        axes.plot([i - 0.45, i + 0.45], [level, level], color=INK, ls=(0, (3, 2)), label=label)
     counts = report["accuracy"]["llava"]
     axes.set_xticks(range(len(categories)), [f"{c}\nn = {counts[c]['total']}" for c in categories])
     axes.axvline(len(categories) - 1.5, color=GRID, lw=1.5)
@@ -107,7 +107,7 @@ def released_plot(report: Report) -> Figure:
         total = [row[model]["first_token"] / 1e12 for row in rows]
         axes.plot(patches, total, "o-", color=COLORS[model], label=NAMES[model])
     tower = [row["vlora"]["vision"] / 1e12 for row in rows]
-    axes.plot(patches, tower, "--", color=_INK, lw=1, label="Vision tower, part of both")
+    axes.plot(patches, tower, "--", color=INK, lw=1, label="Vision tower, part of both")
     axes.set_xlabel("Image patches (576: LLaVA-1.5)")
     axes.set_ylabel("TFLOPs to the first token")
     axes.set_ylim(bottom=0)
@@ -141,7 +141,7 @@ def new_figure(
         panel.spines[["left", "bottom"]].set_color("#9aa5b1")
         panel.grid(axis="y", color=GRID)
         panel.set_axisbelow(True)
-        panel.tick_params(colors=_INK, labelsize=9)
+        panel.tick_params(colors=INK, labelsize=9)
     return figure, axes
 
 
