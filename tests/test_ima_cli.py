@@ -387,7 +387,7 @@ def test_ablations_of_a_vlora_model(
     ("verb", "more", "message"),
     [
         ("wanda", ["--measure", "best"], "no measure 'best'"),
-        ("wanda", ["--sparsity", "2"], "2"),
+        ("wanda", ["--sparsity", "2"], "The sparsity is 2.0; give a share"),
         ("wanda", ["--measure", "random", "--sequential"], "--sequential is a way of Wanda"),
         ("wanda", ["--tokens", "V"], "no kind of tokens"),
         ("ablate", ["--instead", "noise"], "no reference 'noise'"),

@@ -196,9 +196,11 @@ def ablate(run: Run, *, instead: str) -> Found:
         )
     values, figures = dict[str, Any](), dict[str, Figure]()
     for name in run.data:
-        weights = [perceptual_weights(batch) for batch in run.batches(name)]
-        other = mean_image(weights) if instead == "mean image" else None
-        tried = standard(weights[0], other)
+        weights = map(perceptual_weights, run.batches(name))
+        first = next(weights)
+        # Only the mean needs the weights of all images, and a pass of its own.
+        other = mean_image([first, *weights]) if instead == "mean image" else None
+        tried = standard(first, other)
         result = measure_ablations(
             run.loaded.model,
             run.batches(name),
