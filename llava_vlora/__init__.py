@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .cache import PerceptionCache
     from .config import VLoRAConfig
     from .errors import VLoRAError
-    from .generator import PerceptualWeightsGenerator
+    from .generators import PerceptualWeightsGenerator
     from .injection import seeing
     from .integration.api import Loaded, load
     from .integration.registration import Registration, register
@@ -29,7 +29,7 @@ _PUBLIC = {
     "Loaded": "integration.api",
     "PerceptionCache": "cache",
     "PerceptualWeights": "weights",
-    "PerceptualWeightsGenerator": "generator",
+    "PerceptualWeightsGenerator": "generators",
     "Registration": "integration.registration",
     "VLoRAConfig": "config",
     "VLoRAError": "errors",

@@ -1,7 +1,8 @@
 """Remembering what images became: many questions about one image run the vision tower and generator once.
 
-An entry is the generator's latents, one vector for each weight type and injected layer (40 KiB for LLaVA-1.5-7B
-in the paper's setting), and not the factors, which are some hundred times larger and one matrix product away.
+An entry is the generator's latents and not the weights, which are larger and one matrix product away: one vector for
+each weight type and injected layer with the paper's generator (40 KiB for LLaVA-1.5-7B), and as many vectors of the
+image's width as the cache has for its rank with fast weights (32 KiB for 64 of 256 in half precision).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError, ConfigError
-from .generator import PerceptualWeightsGenerator
+from .generators import Generator
 from .weights import PerceptualWeights, digest, read_tensors
 
 _log = logging.getLogger(__name__)
@@ -76,19 +77,32 @@ class _Fingerprint:
 class PerceptionCache:
     """Latents by image content and by the weights of tower and generator; safe to use from many threads."""
 
-    def __init__(self, max_bytes: int = 256 * 2**20, folder: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        max_bytes: int = 256 * 2**20,
+        folder: str | Path | None = None,
+        rank: int | None = None,
+    ) -> None:
         """An empty cache.
 
         Args:
             max_bytes: In memory; the entries that were used least recently go first.
             folder: Also keep entries here, one file each, for later processes.
+            rank: Keep so many vectors of an image, the nearest weights of that rank, and show these from the first
+                time on; ``lost_share`` tells what that leaves out. None keeps all. For generators whose latents have a
+                rank, such as fast weights.
 
         Raises:
-            ConfigError: ``max_bytes`` is not positive.
+            ConfigError: ``max_bytes`` or the rank is not positive.
         """
+        if rank is not None and rank < 1:
+            raise ConfigError(f"The rank of a cache must be at least 1, not {rank}.")
         if max_bytes < 1:
             raise ConfigError(f"max_bytes must be at least 1, not {max_bytes}.")
         self.max_bytes, self.folder = max_bytes, Path(folder) if folder is not None else None
+        self.rank = rank
+        self.lost_share = 0.0
+        """Largest share of the sum of squares of an image's weights that the rank has left out."""
         self.hits = self.misses = 0
         self._entries: OrderedDict[str, Latents] = OrderedDict()
         self._bytes = 0
@@ -115,7 +129,7 @@ class PerceptionCache:
     def perceive(
         self,
         images: Tensor,
-        generator: PerceptualWeightsGenerator,
+        generator: Generator,
         tower: nn.Module,
         features: Callable[[Tensor], Tensor],
     ) -> PerceptualWeights:
@@ -127,19 +141,24 @@ class PerceptionCache:
             source = self._fingerprint.of(generator, tower)
         if source is None:
             return generator(features(images))
-        keys = [f"{source}-{digest({'image': image})}" for image in images]
+        cut = "" if self.rank is None else f"-rank{self.rank}"
+        keys = [f"{source}-{digest({'image': image})}{cut}" for image in images]
         found = {key: entry for key in dict.fromkeys(keys) if (entry := self._get(key)) is not None}
         fresh = [key for key in dict.fromkeys(keys) if key not in found]
         if fresh:
             new = generator.latents(features(images[[keys.index(key) for key in fresh]]))
+            if self.rank is not None:
+                new, lost = generator.shorten(new, self.rank)
+                with self._lock:
+                    self.lost_share = max(self.lost_share, float(lost.max()))
             for row, key in enumerate(fresh):
-                entry = {letter: latent[row].detach().clone() for letter, latent in new.items()}
+                entry = {name: latent[row].detach().clone() for name, latent in new.items()}
                 found[key] = entry
                 self._put(key, entry)
         with self._lock:
             self.misses += len(fresh)
             self.hits += len(keys) - len(fresh)
-        like = generator.visual_proj.weight
+        like = generator.like
         # Tensors made in inference mode are of no use outside it.
         mark = (*keys, like.device, like.dtype, torch.is_inference_mode_enabled())
         last = self._last
@@ -147,8 +166,8 @@ class PerceptionCache:
             return last[1]
         weights = generator.expand(
             {
-                letter: torch.stack([found[key][letter].to(like) for key in keys])
-                for letter in generator.config.types
+                name: torch.stack([found[key][name].to(like) for key in keys])
+                for name in found[keys[0]]
             }
         )
         if len(keys) == 1:

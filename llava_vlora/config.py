@@ -1,4 +1,4 @@
-"""The settings of VLoRA: what the user chooses, and nothing that a loaded model already knows.
+"""The settings of a generator: what the user chooses, and nothing that a loaded model already knows.
 
 A setting has one name everywhere: the command-line flag, the key in ``config.json`` and the key of the
 public VLoRA code are the same string (``vlora_dim``, ``skip_layers``, ...).
@@ -7,10 +7,13 @@ public VLoRA code are the same string (``vlora_dim``, ``skip_layers``, ...).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from .errors import ConfigError, listing
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 #: Letters of ``vlora_type`` and where each goes, see :mod:`llava_vlora.decoder`.
 TARGET_LETTERS = "qkvomgud"
@@ -22,49 +25,39 @@ Placeholder = Literal["gap", "contiguous"]
 DERIVED_KEYS = ("vlora_llm_dim", "vlora_llm_depth", "vlora_visual_dim", "vlora_pos_num")
 
 
-@dataclass(frozen=True)
-class VLoRAConfig:
-    """Settings of the generator and of where its weights go (paper section 3, defaults of section 4.1)."""
+def setting(default: Any, key: str, help: str, *, shape: bool = False) -> Any:
+    """A field of a :class:`GeneratorConfig`.
 
-    dim: int = 512
-    """Width of the generator's hidden states."""
-    depth: int = 8
-    """Decoder blocks of each sub-generator (the paper's N)."""
-    heads: int = 16
-    """Attention heads of a block; divides ``dim``."""
-    rank: int = 64
-    """Rank r of every perceptual weight."""
-    alpha: float | None = None
-    """Scale: every weight is multiplied by ``alpha / rank``. ``None`` means ``rank``, the paper's scale of one."""
-    types: str = "qkvom"
+    Args:
+        default: Its default.
+        key: Its name on the command line and in ``config.json``; it must not contain ``lora_``, see law 4.
+        help: One line for ``--help``, the default in brackets.
+        shape: Whether the shape of the generator depends on it, so that a checkpoint must state it.
+    """
+    return field(default=default, metadata={"key": key, "help": help, "shape": shape})
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """What every generator has: where its weights go. A kind of generator adds its own settings."""
+
+    kind: ClassVar[str] = ""
+    """The value of ``--mm_projector_type``."""
+    types: str = setting("vo", "vlora_type", "Weight types, letters of qkvomgud.", shape=True)
     """Weight types that get a perceptual weight, one letter each of :data:`TARGET_LETTERS`."""
-    every: int = 4
+    every: int = setting(4, "skip_layers", "Inject every n-th layer.", shape=True)
     """Every n-th decoder layer is injected: layers n-1, 2n-1, ... counted from zero."""
-    layer_list: tuple[int, ...] | None = None
+    layer_list: tuple[int, ...] | None = setting(
+        None, "vlora_layers", "Injected layers from 0, such as 3,7,11."
+    )
     """Explicit injected layers counted from zero; overrides ``every``."""
-    separate: bool = True
-    """One sub-generator for each weight type; otherwise a single one serves all types."""
-    placeholder: Placeholder = "gap"
+    placeholder: Placeholder = setting("contiguous", "vlora_placeholder", "gap or contiguous.")
     """``gap``: tokens after the image keep the position they had beside the ``<image>`` slot, as public
     checkpoints were trained. ``contiguous``: positions close up."""
 
     def __post_init__(self) -> None:
         """Reject settings that cannot work with any model."""
-        for name in ("dim", "depth", "heads", "rank", "every"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(
-                    f"{_KEYS[name]} must be a whole number of at least 1, not {value!r}."
-                )
-        if self.dim % self.heads:
-            raise ConfigError(
-                f"vlora_dim {self.dim} is not a multiple of vlora_heads {self.heads}; "
-                "choose a width that the attention heads divide."
-            )
-        if self.alpha is not None and not (_is_number(self.alpha) and self.alpha > 0):
-            raise ConfigError(f"vlora_alpha must be positive or absent, not {self.alpha!r}.")
-        if not isinstance(self.separate, bool):  # the text "False" would count as true
-            raise ConfigError(f"weights_sep must be True or False, not {self.separate!r}.")
+        self._whole("every")
         letters = self.types if isinstance(self.types, str) else ""
         unknown = [letter for letter in letters if letter not in TARGET_LETTERS]
         if unknown or not letters or len(set(letters)) != len(letters):
@@ -77,11 +70,6 @@ class VLoRAConfig:
             raise ConfigError(
                 f"vlora_placeholder {self.placeholder!r} is unknown; valid: {listing(get_args(Placeholder))}."
             )
-
-    @property
-    def scale(self) -> float:
-        """The factor ``alpha / rank`` of every perceptual weight."""
-        return 1.0 if self.alpha is None else self.alpha / self.rank
 
     def layers(self, num_layers: int) -> tuple[int, ...]:
         """Injected layers of a decoder with ``num_layers`` layers, ascending, counted from zero.
@@ -109,22 +97,28 @@ class VLoRAConfig:
             )
         return tuple(range(self.every - 1, num_layers, self.every))
 
+    def resolved(self, num_patches: int) -> Self:
+        """The settings with all that follows from the number of patches of an image."""
+        return self
+
     def to_keys(self) -> dict[str, Any]:
         """The settings under their flag names, as stored in ``config.json``."""
-        keys = {key: getattr(self, name) for name, key in _KEYS.items()}
+        keys = {key: getattr(self, name) for key, name in self.names().items()}
         if self.layer_list is not None:
             keys["vlora_layers"] = list(self.layer_list)
         return keys
 
     @classmethod
-    def from_keys(
-        cls, keys: Mapping[str, Any], *, where: str, complete: bool = False
-    ) -> VLoRAConfig:
+    def names(cls) -> dict[str, str]:
+        """Name on the command line and in ``config.json`` -> field."""
+        return {f.metadata["key"]: f.name for f in fields(cls)}
+
+    @classmethod
+    def from_keys(cls, keys: Mapping[str, Any], *, where: str, complete: bool = False) -> Self:
         """Read settings by their flag names.
 
         Args:
-            keys: Any mapping; other keys are ignored, ``None`` stands for the default (for ``vlora_alpha``
-                it means ``vlora_rank``).
+            keys: Any mapping; other keys are ignored, ``None`` stands for the default.
             where: What the mapping is, for messages.
             complete: Whether the shape of the generator must be spelt out, as in a checkpoint, whose
                 weights fit only one shape.
@@ -133,10 +127,11 @@ class VLoRAConfig:
             ConfigError: A value is invalid or, with ``complete``, missing.
         """
         if complete:
-            missing = [key for key in _SHAPE_KEYS if keys.get(key) is None]
+            needed = [f.metadata["key"] for f in fields(cls) if f.metadata["shape"]]
+            missing = [key for key in needed if keys.get(key) is None]
             if missing:
                 raise ConfigError(f"{where} describes a VLoRA model but lacks {listing(missing)}.")
-        values = {name: keys[key] for name, key in _KEYS.items() if keys.get(key) is not None}
+        values = {n: keys[key] for key, n in cls.names().items() if keys.get(key) is not None}
         if "layer_list" in values:
             values["layer_list"] = parse_layers(values["layer_list"])
         try:
@@ -144,22 +139,61 @@ class VLoRAConfig:
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from error
 
+    def _whole(self, *names: str, least: int = 1) -> None:
+        """Require whole numbers of at least ``least``."""
+        flags = {name: key for key, name in self.names().items()}
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(
+                    f"{flags[name]} must be a whole number of at least {least}, not {value!r}."
+                )
 
-#: Field of :class:`VLoRAConfig` -> its name on the command line and in ``config.json``.
-_KEYS = {
-    "dim": "vlora_dim",
-    "depth": "vlora_depth",
-    "heads": "vlora_heads",
-    "rank": "vlora_rank",
-    "alpha": "vlora_alpha",
-    "types": "vlora_type",
-    "every": "skip_layers",
-    "layer_list": "vlora_layers",
-    "separate": "weights_sep",
-    "placeholder": "vlora_placeholder",
-}
-_SHAPE_KEYS = ("vlora_dim", "vlora_depth", "vlora_rank", "vlora_type", "weights_sep", "skip_layers")
-assert set(_KEYS) == {field.name for field in fields(VLoRAConfig)}
+    def _divides(self, dim: int, heads: int) -> None:
+        if dim % heads:
+            raise ConfigError(
+                f"vlora_dim {dim} is not a multiple of vlora_heads {heads}; "
+                "choose a width that the attention heads divide."
+            )
+
+    def _positive_alpha(self, alpha: float | None) -> None:
+        if alpha is not None and not (_is_number(alpha) and alpha > 0):
+            raise ConfigError(f"vlora_alpha must be positive or absent, not {alpha!r}.")
+
+
+@dataclass(frozen=True)
+class VLoRAConfig(GeneratorConfig):
+    """Settings of the paper's generator and of where its weights go (paper section 3, defaults of section 4.1)."""
+
+    kind: ClassVar[str] = "vlora"
+    types: str = setting("qkvom", "vlora_type", "Weight types, letters of qkvomgud.", shape=True)
+    placeholder: Placeholder = setting("gap", "vlora_placeholder", "gap or contiguous.")
+    dim: int = setting(512, "vlora_dim", "Width of the generator.", shape=True)
+    """Width of the generator's hidden states."""
+    depth: int = setting(8, "vlora_depth", "Blocks of the generator.", shape=True)
+    """Decoder blocks of each sub-generator (the paper's N)."""
+    heads: int = setting(16, "vlora_heads", "Attention heads of a block.")
+    """Attention heads of a block; divides ``dim``."""
+    rank: int = setting(64, "vlora_rank", "Rank of a perceptual weight.", shape=True)
+    """Rank r of every perceptual weight."""
+    alpha: float | None = setting(None, "vlora_alpha", "Scale is alpha / rank (alpha = rank).")
+    """Scale: every weight is multiplied by ``alpha / rank``. ``None`` means ``rank``, the paper's scale of one."""
+    separate: bool = setting(True, "weights_sep", "One sub-generator a weight type.", shape=True)
+    """One sub-generator for each weight type; otherwise a single one serves all types."""
+
+    def __post_init__(self) -> None:
+        """Reject settings that cannot work with any model."""
+        self._whole("dim", "depth", "heads", "rank")
+        super().__post_init__()
+        self._divides(self.dim, self.heads)
+        self._positive_alpha(self.alpha)
+        if not isinstance(self.separate, bool):  # the text "False" would count as true
+            raise ConfigError(f"weights_sep must be True or False, not {self.separate!r}.")
+
+    @property
+    def scale(self) -> float:
+        """The factor ``alpha / rank`` of every perceptual weight."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
 def _is_number(value: object) -> bool:

@@ -1,8 +1,9 @@
 """Applying perceptual weights to a live decoder: forward hooks that exist only while they are needed.
 
 ``with seeing(model, weights): model(...)`` adds ``(x a) b^T`` to the output of every injected module
-(paper equation 4). Which weights a hook uses is a property of the running call, not of the model: two
-threads that look at two images through one model never meet.
+(paper equation 4), or ``((x a) core) b^T``: two products that the whole batch shares and one ``[R, R]`` for each row,
+without ever building factors of an image. Which weights a hook uses is a property of the running call, not of the
+model: two threads that look at two images through one model never meet.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ class _Seen:
 
     def __init__(self, weights: PerceptualWeights, expand: bool, leaves: bool) -> None:
         self.weights, self.rows, self.expand = weights, len(weights), expand
-        self.factors: dict[_Place, tuple[Tensor, Tensor]] = {}
+        self.factors: dict[_Place, tuple[Tensor, ...]] = {}
+        self.core = weights.core
         self._shared: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
         self._joined: dict[tuple[int, bool], Tensor] = {}
         self._ready: dict[tuple[object, ...], Tensor] = {}
@@ -118,17 +120,23 @@ class _Seen:
             a, b = (t.unbind(1 if t.ndim == 4 else 0) for t in (factor.a, factor.b))
             for j, layer in enumerate(weights.layers):
                 self.factors[letter, layer] = (a[j], b[j])
+        own = (
+            4 if self.core is None else 3
+        )  # what is read is joined where it differs between images, or has a core
         alike = "".join(
-            t for t in _ONE_INPUT if t in weights.factors and weights.factors[t].a.ndim == 4
+            t for t in _ONE_INPUT if t in weights.factors and weights.factors[t].a.ndim == own
         )
         #: For each layer, the letters among q, k, v whose factors ``a`` can be joined.
         self.groups: dict[int, str] = dict.fromkeys(weights.layers, alike) if len(alike) > 1 else {}
-        self.bridge = Bridge(self.factors) if leaves else None
-        if self.bridge is not None:
-            self.factors = self.bridge.leaves
+        self.bridge = None
+        if leaves:
+            core = {} if self.core is None else {"core": (self.core,)}
+            self.bridge = Bridge({**self.factors, **core})
+            self.factors = dict(self.bridge.leaves)
+            self.core = self.factors.pop("core", (None,))[0]
 
     def add(self, place: _Place, x: Tensor, output: Tensor) -> Tensor:
-        """``output + (x a) b^T`` for inputs ``x [N, L, I]`` and ``output [N, L, O]``."""
+        """``output + (x a) b^T``, with the core between, for ``x [N, L, I]`` and ``output [N, L, O]``."""
         low, b = self._low(place, x), self._fit(self.factors[place][1], x)
         if output.dtype != low.dtype or x.ndim != 3:
             return output + (F.linear(low, b) if b.ndim == 2 else low @ b.mT)
@@ -139,20 +147,31 @@ class _Seen:
         return torch.baddbmm(output, low, b.mT)
 
     def _low(self, place: _Place, x: Tensor) -> Tensor:
-        """``x a [N, L, R]``; q, k and v of a layer read the same ``x``, so one product serves all three."""
+        """``x a`` or ``x a core [N, L, R]``; q, k and v of a layer read the same ``x``: one product serves all."""
         letter, layer = place
         group = self.groups.get(layer, "")
         if letter not in group:
-            return x @ self._fit(self.factors[place][0], x)
+            return self._through(x @ self._fit(self.factors[place][0], x), 1)
         first, parts = self._shared.get(layer, (None, ()))
         if first is not x:
             joined = [self.factors[t, layer][0] for t in group]
-            low = x @ self._fit_joined(layer, joined, x)
+            low = self._through(x @ self._fit_joined(layer, joined, x), len(group))
             parts = torch.split_with_sizes(low, [t.shape[-1] for t in joined], dim=-1)
             self._shared[layer] = (x, parts)
         if letter == group[-1]:
             self._shared.pop(layer, None)  # the last reader lets go of x
         return parts[group.index(letter)]
+
+    def _through(self, low: Tensor, types: int) -> Tensor:
+        """What ``types`` weight types have read, ``[N, L, types * R]``, after the core of each row."""
+        if self.core is None:
+            return low
+        core = self._fit(self.core, low)
+        if core.ndim == 2 or low.ndim != 3:
+            return (low.unflatten(-1, (types, -1)) @ core).flatten(-2)
+        rows, length, width = low.shape
+        apart = low.view(rows, length * types, width // types)
+        return torch.bmm(apart, core).view(rows, length, width)
 
     def _fit_joined(self, layer: int, factors: list[Tensor], x: Tensor) -> Tensor:
         """The factors side by side, ``[N, I, sum of R]``, ready for ``x``."""

@@ -61,7 +61,7 @@ def merged(model: nn.Module, weights: PerceptualWeights) -> Iterator[None]:
                 total = torch.addmm(weight.data, b, a.T)
                 originals.append((weight, weight.data))
                 weight.data = total
-        rest = PerceptualWeights(beside, one.layers, one.present)
+        rest = PerceptualWeights(beside, one.layers, one.present, one.core)
         stack.enter_context(see(model, layers, rest))
         yield
 
@@ -89,8 +89,8 @@ def single_image(weights: PerceptualWeights) -> PerceptualWeights:
     """
     if not len(weights):
         raise MergeError("There are no perceptual weights to merge: the batch of images is empty.")
-    rows = [t for f in weights.factors.values() for t in (f.a, f.b) if t.ndim == 4]
-    if len(weights) > 1 and not all(bool((t == t[:1]).all()) for t in [weights.present, *rows]):
+    rows = [weights.present, *weights.own().values()]
+    if len(weights) > 1 and not all(bool((t == t[:1]).all()) for t in rows):
         raise MergeError(
             f"The {len(weights)} rows show different images, and weights can be merged with one image only; "
             "use `with model.seeing(weights):`, or merge them one after the other with weights.index([i])."

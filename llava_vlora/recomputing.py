@@ -74,8 +74,8 @@ def is_reentrant(function: Any) -> bool:
 
 
 def needs_grad(weights: PerceptualWeights) -> bool:
-    """Whether gradients are wanted for any factor."""
-    return any(t.requires_grad for f in weights.factors.values() for t in (f.a, f.b))
+    """Whether gradients are wanted for any factor or the core."""
+    return any(t.requires_grad for t in weights.tensors())
 
 
 class Bridge:
@@ -86,12 +86,12 @@ class Bridge:
     first layer that sees the image, the last to run backward, hands them to the generator at once.
     """
 
-    def __init__(self, factors: Mapping[Any, tuple[Tensor, Tensor]]) -> None:
-        """Leaves for these factors."""
-        self.originals = [t for pair in factors.values() for t in pair]
-        flat = [t.detach().requires_grad_(t.requires_grad) for t in self.originals]
-        self.flat = flat
-        self.leaves = {place: (flat[2 * i], flat[2 * i + 1]) for i, place in enumerate(factors)}
+    def __init__(self, tensors: Mapping[Any, tuple[Tensor, ...]]) -> None:
+        """Leaves for these tensors."""
+        self.originals = [t for group in tensors.values() for t in group]
+        self.flat = [t.detach().requires_grad_(t.requires_grad) for t in self.originals]
+        rest = iter(self.flat)
+        self.leaves = {name: tuple(next(rest) for _ in group) for name, group in tensors.items()}
 
     def insert(self, hidden: Tensor) -> Tensor:
         """Hidden states behind the node."""

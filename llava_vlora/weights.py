@@ -1,6 +1,6 @@
 """Perceptual weights: what an image becomes. Low-rank factors, never the dense matrix.
 
-Shapes: B images, K injected layers, I input width, O output width, R rank.
+Shapes: B images, K injected layers, I input width, O output width, R rank (the width of the core, where there is one).
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from .errors import CheckpointError, WeightsError, listing
 
 _FORMAT = "llava-vlora perceptual weights"
-_VERSION = 1
+#: Version 1 has factors alone, version 2 a core between them.
+_VERSIONS = ("1", "2")
+_CORE = "core"
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Factors:
     """The two factors of one weight type in all injected layers.
 
     A factor with four dimensions belongs to the images (W_v in figure 3b of the paper), one with three is
-    shared by all of them (W_s) and has ``alpha / rank`` inside.
+    shared by all of them (W_s) and has ``alpha / rank`` inside. Beside a core both are shared.
     """
 
     a: Tensor
@@ -46,10 +48,12 @@ class PerceptualWeights:
     For image ``n``, weight type ``t`` and injected layer ``layers[j]`` the dense matrix, in torch's
     ``[out, in]`` convention, is ::
 
-        delta_W = factors[t].b[n, j] @ factors[t].a[n, j].T        # [O, I], rank at most R
+        delta_W = factors[t].b[n, j] @ factors[t].a[n, j].T              # [O, I], rank at most R
+        delta_W = factors[t].b[j] @ core[n].T @ factors[t].a[j].T        # with a core
 
-    and a linear layer computes ``y = x @ W.T + (x @ a) @ b.T`` (paper equation 4). Rows where ``present``
-    is false have no image: their factors are zero and the model is the plain language model.
+    and a linear layer computes ``y = x @ W.T + (x @ a) @ b.T`` (paper equation 4), with a core
+    ``y = x @ W.T + ((x @ a) @ core) @ b.T``. Rows where ``present`` is false have no image: their factors, or their
+    core, are zero and the model is the plain language model.
     """
 
     factors: Mapping[str, Factors]
@@ -57,6 +61,19 @@ class PerceptualWeights:
     """Injected decoder layers, counted from zero; position j of a factor belongs to ``layers[j]``."""
     present: Tensor
     """``[B]`` bool: whether the row has an image."""
+    core: Tensor | None = None
+    """``[B, R, R]``: what the images are, where all factors are learned and shared by all images."""
+
+    def __post_init__(self) -> None:
+        """Refuse factors of images beside a core; ``WeightsError``."""
+        if self.core is None:
+            return
+        wrong = [t for t, f in self.factors.items() if f.a.ndim != 3 or f.b.ndim != 3]
+        if wrong or self.core.ndim != 3:
+            raise WeightsError(
+                f"A core has one matrix for each image and stands between shared factors; the core has shape "
+                f"{tuple(self.core.shape)}, factors of images: {listing(wrong) or 'none'}."
+            )
 
     def __len__(self) -> int:
         """Rows, images or gaps."""
@@ -74,8 +91,51 @@ class PerceptualWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the factors, those shared by all images counted once."""
-        return sum(t.numel() * t.element_size() for f in self.factors.values() for t in (f.a, f.b))
+        """Bytes of factors and core, what is shared by all images counted once."""
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of what differs between images, of all rows."""
+        return sum(t.numel() * t.element_size() for t in self.own().values())
+
+    @property
+    def rank(self) -> int:
+        """The largest rank that a weight can have; 0 without weights."""
+        return max((f.a.shape[-1] for f in self.factors.values()), default=0)
+
+    def tensors(self) -> list[Tensor]:
+        """Factors and core."""
+        pairs = [t for f in self.factors.values() for t in (f.a, f.b)]
+        return pairs if self.core is None else [*pairs, self.core]
+
+    def own(self) -> dict[str, Tensor]:
+        """What differs between images, rows first: the core, or for each weight type its generated factors."""
+        if self.core is not None:
+            return {_CORE: self.core}
+        return {
+            f"{letter}{side}": tensor
+            for letter, f in self.factors.items()
+            for side, tensor in (("a", f.a), ("b", f.b))
+            if tensor.ndim == 4
+        }
+
+    def bare(self) -> dict[str, tuple[Tensor, ...]]:
+        """The tensors in plain containers, see :meth:`from_bare`; rows without an image are not told apart."""
+        bare: dict[str, tuple[Tensor, ...]] = {t: (f.a, f.b) for t, f in self.factors.items()}
+        return bare if self.core is None else {**bare, _CORE: (self.core,)}
+
+    @classmethod
+    def from_bare(
+        cls, bare: Mapping[str, tuple[Tensor, ...]], layers: tuple[int, ...]
+    ) -> PerceptualWeights:
+        """Weights of images from what :meth:`bare` gave."""
+        core = bare[_CORE][0] if _CORE in bare else None
+        factors = {t: Factors(*pair) for t, pair in bare.items() if t != _CORE}
+        rows = [t for f in factors.values() for t in (f.a, f.b) if t.ndim == 4]
+        some = rows[0] if core is None else core
+        present = torch.ones(len(some), dtype=torch.bool, device=some.device)
+        return cls(factors, layers, present, core)
 
     def pair(self, letter: str, layer: int, row: int = 0) -> tuple[Tensor, Tensor]:
         """The factors ``a [I, R]`` and ``b [O, R]`` of one row.
@@ -89,7 +149,8 @@ class PerceptualWeights:
                 f"in layers {listing(self.layers)}."
             )
         j, factor = self.layers.index(layer), self.factors[letter]
-        return _row(factor.a, row)[j], _row(factor.b, row)[j]
+        a, b = _row(factor.a, row)[j], _row(factor.b, row)[j]
+        return (a, b) if self.core is None else (a, b @ self.core[row].mT)
 
     def dense(self, letter: str, layer: int, row: int = 0) -> Tensor:
         """The dense ``[O, I]`` matrix of one row; for tests and merging only.
@@ -102,16 +163,16 @@ class PerceptualWeights:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> PerceptualWeights:
         """All factors after ``function``, for example a cast."""
-        return PerceptualWeights(
-            {t: f.map(function) for t, f in self.factors.items()}, self.layers, self.present
-        )
+        factors = {t: f.map(function) for t, f in self.factors.items()}
+        core = None if self.core is None else function(self.core)
+        return PerceptualWeights(factors, self.layers, self.present, core)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> PerceptualWeights:
         """Moved and cast; tensors that already fit are shared, not copied."""
         moved = self.map(lambda t: t.to(device=device, dtype=dtype))
-        return PerceptualWeights(moved.factors, self.layers, self.present.to(device=device))
+        return replace(moved, present=self.present.to(device=device))
 
     def detach(self) -> PerceptualWeights:
         """Without gradient history."""
@@ -156,6 +217,9 @@ class PerceptualWeights:
                 f"The mask has shape {tuple(keep.shape)} for a batch of {len(self)} rows."
             )
         keep = keep.to(device=self.device, dtype=torch.bool)
+        if self.core is not None:
+            gate = keep.to(self.core).view(-1, 1, 1)
+            return replace(self, present=self.present & keep, core=self.core * gate)
 
         def zero(factor: Factors) -> Factors:
             gate = keep.to(factor.a).view(-1, 1, 1, 1)
@@ -167,6 +231,59 @@ class PerceptualWeights:
 
         factors = {letter: zero(factor) for letter, factor in self.factors.items()}
         return PerceptualWeights(factors, self.layers, self.present & keep)
+
+    def spelled(self) -> PerceptualWeights:
+        """The same weights without a core, which goes into the factors ``b``: ``B`` times as large."""
+        if self.core is None:
+            return self
+        core = self.core[:, None].mT
+        factors = {t: Factors(f.a, f.b @ core) for t, f in self.factors.items()}
+        return PerceptualWeights(factors, self.layers, self.present)
+
+    def truncate(self, rank: int) -> PerceptualWeights:
+        """The nearest weights of a rank, in factors of that rank.
+
+        Without a core each weight is cut for itself (Eckart and Young 1936). A core is cut as one matrix: its
+        ``rank`` largest singular values serve all weight types and layers.
+
+        Raises:
+            WeightsError: The rank is below 1 or above that of the weights.
+        """
+        self._check_rank(rank)
+        if self.core is None:
+            factors = {letter: _truncated(factor, rank) for letter, factor in self.factors.items()}
+            return PerceptualWeights(factors, self.layers, self.present)
+        left, values, right = torch.linalg.svd(wide(self.core))
+        root = values[:, None, :rank].sqrt()
+        # core = left values right: its left side is multiplied by what a reads, its right side goes to b.
+        reads, writes = left[..., :rank] * root, right.mT[..., :rank] * root
+
+        def cut(factor: Tensor, side: Tensor) -> Tensor:
+            return (wide(factor) @ side[:, None]).to(factor.dtype)
+
+        factors = {t: Factors(cut(f.a, reads), cut(f.b, writes)) for t, f in self.factors.items()}
+        return PerceptualWeights(factors, self.layers, self.present)
+
+    def lost_share(self, rank: int) -> Tensor:
+        """Share ``[B]`` of the sum of squares that :meth:`truncate` leaves out, of the core or of all weights.
+
+        Raises:
+            WeightsError: The rank is below 1 or above that of the weights.
+        """
+        self._check_rank(rank)
+        if self.core is not None:
+            spectra = [torch.linalg.svdvals(wide(self.core))[:, None]]
+        else:
+            spectra = [_small(factor)[1] for factor in self.factors.values()]
+        lost = torch.stack([v[..., rank:].square().sum((-2, -1)) for v in spectra]).sum(0)
+        total = torch.stack([v.square().sum((-2, -1)) for v in spectra]).sum(0)
+        return (lost / total.clamp(min=torch.finfo(total.dtype).tiny)).expand(len(self))
+
+    def _check_rank(self, rank: int) -> None:
+        if not isinstance(rank, int) or not 1 <= rank <= self.rank:
+            raise WeightsError(
+                f"Rank {rank!r} is not one of 1 to {self.rank}, the rank of the weights."
+            )
 
     def save(self, path: str | Path, generator: nn.Module | None = None) -> None:
         """Write one safetensors file with a format version and a checksum.
@@ -182,11 +299,16 @@ class PerceptualWeights:
             for side in "ab"
         }
         tensors["present"] = self.present.clone()
-        header = {"format": _FORMAT, "version": str(_VERSION), "layers": json.dumps(self.layers)}
+        if self.core is not None:
+            tensors[_CORE] = self.core.clone(memory_format=torch.contiguous_format)
+        version = _VERSIONS[self.core is not None]
+        header = {"format": _FORMAT, "version": version, "layers": json.dumps(self.layers)}
         header |= {"types": self.types, "digest": digest(tensors)}
         if generator is not None:
             header["generator"] = digest(generator.state_dict())
-            header["config"] = json.dumps(cast(Any, generator).config.to_keys())
+            config = cast(Any, generator).config
+            keys = {"mm_projector_type": config.kind, **config.to_keys()}
+            header["config"] = json.dumps(keys)
         save_file(tensors, str(path), metadata=header)
 
     @classmethod
@@ -207,9 +329,9 @@ class PerceptualWeights:
             CheckpointError: The file is missing, damaged, of another format or version, or not from ``generator``.
         """
         header, tensors = read_tensors(path, device)
-        if header.get("format") != _FORMAT or header.get("version") != str(_VERSION):
+        if header.get("format") != _FORMAT or header.get("version") not in _VERSIONS:
             raise CheckpointError(
-                f"{path} is not a file of perceptual weights of version {_VERSION} "
+                f"{path} is not a file of perceptual weights of version {' or '.join(_VERSIONS)} "
                 f"(format {header.get('format')!r}, version {header.get('version')!r})."
             )
         if generator is not None and header.get("generator") != digest(generator.state_dict()):
@@ -223,14 +345,19 @@ class PerceptualWeights:
             )
         try:
             factors = {t: Factors(tensors[f"{t}.a"], tensors[f"{t}.b"]) for t in header["types"]}
-            return cls(factors, tuple(json.loads(header["layers"])), tensors["present"])
+            core = tensors[_CORE] if header["version"] == _VERSIONS[1] else None
+            return cls(factors, tuple(json.loads(header["layers"])), tensors["present"], core)
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{path} is incomplete or damaged: {error}.") from error
 
     def _rows(self, function: Callable[[Tensor], Tensor]) -> PerceptualWeights:
         """Apply ``function`` to the row dimension of what differs between images."""
-        picked = self.map(lambda t: function(t) if t.ndim == 4 else t)
-        return PerceptualWeights(picked.factors, self.layers, function(self.present))
+        factors = {
+            letter: f.map(lambda t: function(t) if t.ndim == 4 else t)
+            for letter, f in self.factors.items()
+        }
+        core = None if self.core is None else function(self.core)
+        return PerceptualWeights(factors, self.layers, function(self.present), core)
 
 
 def read_tensors(
@@ -259,3 +386,22 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 def _row(factor: Tensor, row: int) -> Tensor:
     return factor[row] if factor.ndim == 4 else factor
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32, or float64 where it is that already: differences and products of half precision lose too much."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _small(factor: Factors) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Left vectors, values and right vectors of ``b @ a.T`` in the bases of both factors, and these bases."""
+    (reads, small_a), (writes, small_b) = (torch.linalg.qr(wide(t)) for t in (factor.a, factor.b))
+    left, values, right = torch.linalg.svd(small_b @ small_a.mT, full_matrices=False)
+    return left, values, right, reads, writes
+
+
+def _truncated(factor: Factors, rank: int) -> Factors:
+    left, values, right, reads, writes = _small(factor)
+    a = reads @ right.mT[..., :rank] * values[..., None, :rank]
+    b = writes @ left[..., :rank]
+    return Factors(a.to(factor.a.dtype), b.expand(*a.shape[:-2], -1, -1).to(factor.b.dtype))

@@ -35,7 +35,7 @@ from llava_vlora.evaluation.cost import (
     projector_macs,
     vision_shape,
 )
-from llava_vlora.generator import PerceptualWeightsGenerator
+from llava_vlora.generators.paper import PerceptualWeightsGenerator
 from llava_vlora.injection import seeing
 from llava_vlora.integration.fresh import random_models
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import PerceptionCache
-from ..generator import PerceptualWeightsGenerator
+from ..generators import PerceptualWeightsGenerator
 from ..integration.fresh import Models
 from ..integration.perception import VLoRAPerception
 from ..placeholder import IMAGE_TOKEN_INDEX

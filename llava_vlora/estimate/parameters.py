@@ -5,13 +5,11 @@ Names are those of ``named_parameters()`` of the real models, so that each tenso
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ..bench.shapes import Shape
-from ..config import VLoRAConfig
 from ..decoder import TARGETS
-from ..errors import ConfigError
 from ..evaluation.cost import LanguageShape, language_shape
 
 #: Parameter name -> number of elements.
@@ -87,53 +85,14 @@ def connector_parameters(shape: Shape, kind: str) -> Counts:
         ConfigError: The generator's settings do not fit the language model.
     """
     language, visual = language_shape(shape.language), shape.vision["hidden_size"]
-    if kind == "vlora":
-        names = _generator(shape.settings, language, visual, shape.patches)
+    if kind in KINDS:
+        settings = shape.settings
+        widths = language.decoder_shape(settings.types)
+        made_by = KINDS[kind].generator
+        names = made_by.parameter_counts(settings, widths, visual, shape.patches)
     else:
         names = {**_linear("0", visual, language.width), **_linear("2", *[language.width] * 2)}
     return {f"model.mm_projector.{name}": count for name, count in names.items()}
-
-
-def _generator(settings: VLoRAConfig, shape: LanguageShape, visual: int, patches: int) -> Counts:
-    dim, rank, types = settings.dim, settings.rank, settings.types
-    injected = len(settings.layers(shape.layers))
-    generated = {t: shape.generated_width(t) for t in types}
-    shared = {t: sum(shape.widths(t)) - generated[t] for t in types}
-    found = {"pos_embed": patches * dim}
-    found |= _linear("visual_proj", visual, dim)
-    if settings.separate:
-        for i, width in enumerate(generated.values()):
-            found |= dict(_sub_generator(f"gen.{i}", settings, injected, width))
-    elif len(set(generated.values())) == 1:
-        width = next(iter(generated.values()))
-        found |= dict(_sub_generator("gen", settings, injected * len(types), width))
-    else:
-        raise ConfigError(
-            f"weights_sep False needs one generated width for all weight types, but they are {generated}; "
-            "use weights_sep True."
-        )
-    if len({*generated.values(), *shared.values()}) == 1:
-        return found | {"Bs": sum(shared.values()) * injected * rank}
-    return found | {f"Bs.{t}": injected * width * rank for t, width in shared.items()}
-
-
-def _sub_generator(
-    name: str, settings: VLoRAConfig, queries: int, width: int
-) -> Iterator[tuple[str, int]]:
-    dim = settings.dim
-    yield f"{name}.queries", queries * dim
-    for i in range(settings.depth):
-        block = f"{name}.decoders.{i}"
-        for attention in ("self_attn", "multihead_attn"):
-            yield f"{block}.{attention}.in_proj_weight", 3 * dim**2
-            yield f"{block}.{attention}.in_proj_bias", 3 * dim
-            yield from _linear(f"{block}.{attention}.out_proj", dim, dim).items()
-        yield from _linear(f"{block}.linear1", dim, 4 * dim).items()
-        yield from _linear(f"{block}.linear2", 4 * dim, dim).items()
-        for norm in ("norm1", "norm2", "norm3"):
-            yield from _norm(f"{block}.{norm}", dim).items()
-    yield from _norm(f"{name}.norm", dim).items()
-    yield from _linear(f"{name}.weights_head", dim, width * settings.rank).items()
 
 
 def _linear(name: str, read: int, written: int) -> Counts:

@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import VLoRAConfig
-from ..decoder import TARGETS
+from ..config import GeneratorConfig
+from ..decoder import TARGETS, DecoderShape
+from ..generators import KINDS
 
 CONVENTION = (
     "2 FLOPs per multiply-accumulate of matrix products, convolutions and attention (full square); "
@@ -98,10 +99,11 @@ class LanguageShape:
             "d": (self.mlp, self.width),
         }[letter]
 
-    def generated_width(self, letter: str) -> int:
-        """Width of the factor that is made from the image."""
-        read, written = self.widths(letter)
-        return read if TARGETS[letter].generated == "a" else written
+    def decoder_shape(self, types: str) -> DecoderShape:
+        """The widths of weight types, as generators are built for."""
+        widths = {letter: self.widths(letter) for letter in types}
+        read, written = ({t: w[side] for t, w in widths.items()} for side in (0, 1))
+        return DecoderShape(self.layers, read, written)
 
 
 def projector_macs(vision: VisionShape, language: LanguageShape, depth: int = 2) -> int:
@@ -111,51 +113,39 @@ def projector_macs(vision: VisionShape, language: LanguageShape, depth: int = 2)
 
 
 def generator_macs(
-    config: VLoRAConfig, vision: VisionShape, language: LanguageShape, *, project: bool = False
+    config: GeneratorConfig, vision: VisionShape, language: LanguageShape, **how: bool
 ) -> int:
-    """MACs of VLoRA's generator for one image.
+    """MACs of the generator for one image.
 
     Args:
         config: Its settings.
         vision: The vision tower.
         language: The language model.
-        project: Count as the public code computes: every patch is projected to a key and a value in every block.
+        how: Options of the generator's own count, such as ``project`` of the paper's.
     """
-    dim, patches = config.dim, vision.patches
-    injected = len(config.layers(language.layers))
-    groups = len(config.types) if config.separate else 1
-    queries = injected * len(config.types) // groups
-    linear = queries * (4 + 4 + 8) * dim**2
-    if (
-        not project and queries * config.heads < dim
-    ):  # see CrossAttention: patches are not projected
-        look = 2 * queries * config.heads * patches * dim
-    else:
-        look = 2 * (patches - queries) * dim**2 + 2 * queries * patches * dim
-    attention = 2 * queries**2 * dim + look
-    heads = sum(language.generated_width(t) for t in config.types) * injected * dim * config.rank
-    trunk = groups * config.depth * (linear + attention)
-    return patches * vision.width * dim + trunk + heads
+    shape = language.decoder_shape(config.types)
+    return _made_by(config).macs(config, shape, vision.width, vision.patches, **how)
 
 
-def low_rank_macs(config: VLoRAConfig, language: LanguageShape, merged: bool = False) -> int:
+def low_rank_macs(config: GeneratorConfig, language: LanguageShape, merged: bool = False) -> int:
     """MACs that perceptual weights add to every token; merged, only those without a linear layer do."""
-    beside = [t for t in config.types if not (merged and TARGETS[t].mergeable)]
-    widths = sum(sum(language.widths(t)) for t in beside)
-    return len(config.layers(language.layers)) * config.rank * widths
+    beside = "".join(t for t in config.types if not (merged and TARGETS[t].mergeable))
+    return _made_by(config).token_macs(config, language.decoder_shape(config.types), beside)
 
 
-def merge_macs(config: VLoRAConfig, language: LanguageShape) -> int:
+def merge_macs(config: GeneratorConfig, language: LanguageShape) -> int:
     """MACs of forming the weight differences of one image that can be merged (paper equation 4)."""
-    sizes = [language.widths(t) for t in config.types if TARGETS[t].mergeable]
-    areas = sum(read * written for read, written in sizes)
-    return len(config.layers(language.layers)) * config.rank * areas
+    into = "".join(t for t in config.types if TARGETS[t].mergeable)
+    return _made_by(config).merge_macs(config, language.decoder_shape(config.types), into)
 
 
-def weight_values(config: VLoRAConfig, language: LanguageShape) -> int:
-    """Numbers in the image-dependent factors of one image's perceptual weights."""
-    inputs = sum(language.generated_width(t) for t in config.types)
-    return len(config.layers(language.layers)) * config.rank * inputs
+def weight_values(config: GeneratorConfig, language: LanguageShape) -> int:
+    """Numbers that differ between images in the perceptual weights of one image."""
+    return _made_by(config).image_values(config, language.decoder_shape(config.types))
+
+
+def _made_by(config: GeneratorConfig) -> Any:
+    return KINDS[config.kind].generator
 
 
 @dataclass(frozen=True)
@@ -197,7 +187,7 @@ def answer_cost(
     vision: VisionShape,
     language: LanguageShape,
     text_tokens: int,
-    vlora: VLoRAConfig | None,
+    vlora: GeneratorConfig | None,
     merged: bool = False,
 ) -> Cost:
     """Cost of one question.
@@ -206,7 +196,7 @@ def answer_cost(
         vision: The vision tower.
         language: The language model.
         text_tokens: Tokens of the prompt without the image.
-        vlora: Settings of VLoRA, or None for LLaVA with ``mlp2x_gelu``.
+        vlora: Settings of the generator, or None for LLaVA with ``mlp2x_gelu``.
         merged: Whether perceptual weights are folded into the language model's before it reads.
     """
     merge = extra = 0

@@ -88,8 +88,7 @@ def standard(
     found += [cut("up to", operator.le, n) for n in blocks[:-1]]
     found += [cut("from", operator.ge, n) for n in blocks[1:]]
     if instead is None:
-        full = max(factor.a.shape[-1] for factor in weights.factors.values())
-        ranks = [2**i for i in range(full.bit_length()) if 2**i < full]
+        ranks = [2**i for i in range(weights.rank.bit_length()) if 2**i < weights.rank]
         found += [Ablation(f"rank {r}", "rank", partial(truncate, rank=r)) for r in ranks]
         shared = blocks if len(blocks) > 1 else []
         found += [Ablation(f"block {n}", "shared", partial(share, block=n)) for n in shared]

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import IMAError
-from ..weights import PerceptualWeights
+from ..weights import PerceptualWeights, wide
 from .layout import Batch, View, Watch
 from .states import Example, collect
-from .views import Measured, Running, perceptual_weights, wide
+from .views import Measured, Running, perceptual_weights
 
 Side = Literal["input", "output"]
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from ..decoder import decoder_layers
 from ..errors import IMAError
-from ..weights import PerceptualWeights
+from ..weights import PerceptualWeights, wide
 from .layout import Batch, Role, View, where
 from .similarity import median
 from .states import POINTS, Example, Key, collect
-from .views import Measured, Running, cosine, perceptual_weights, wide
+from .views import Measured, Running, cosine, perceptual_weights
 
 #: State -> the weight types that change it within their own block; others are changed from the next block on.
 _CHANGED_BY = {

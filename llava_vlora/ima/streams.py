@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ..decoder import TARGETS, decoder_layers
-from ..weights import PerceptualWeights
+from ..weights import PerceptualWeights, wide
 from .layout import Batch, Watch, run
 from .similarity import median
 from .states import place, watch
-from .views import Measured, Running, cosine, perceptual_weights, wide
+from .views import Measured, Running, cosine, perceptual_weights
 
 #: Weight types whose output is added to the residual stream -> the state whose place has the stream before that.
 ENTERS = {"o": "ln1", "m": "ln2", "d": "ln2"}

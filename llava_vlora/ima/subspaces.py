@@ -169,7 +169,7 @@ class _Shares:
 
     def add(self, one: PerceptualWeights) -> None:
         self._count += 1
-        for letter, factor in one.factors.items():
+        for letter, factor in one.spelled().factors.items():
             for j, layer in enumerate(one.layers):
                 own = _compressed(factor, j, letter)
                 before = self._sums.get((letter, layer), (torch.zeros_like(own), own.new_zeros(())))

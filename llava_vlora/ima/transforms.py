@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..errors import IMAError, WeightsError, listing
 from ..weights import Factors, PerceptualWeights
-from .views import wide
 
 #: (block, weight type) -> whether it is meant.
 Cells = Callable[[int, str], bool]
@@ -33,6 +32,8 @@ def keep(
         WeightsError: ``instead`` has other types or layers, or several rows.
     """
     types, layers = weights.types, weights.layers
+    if instead is not None:
+        weights, instead = weights.spelled(), instead.spelled()
     if instead is None:
         types = "".join(t for t in types if any(wanted(n + 1, t) for n in layers))
         layers = tuple(n for n in layers if any(wanted(n + 1, t) for t in types))
@@ -51,31 +52,12 @@ def keep(
         factors[letter] = Factors(
             torch.where(gate, picked.a, other.a), torch.where(gate, picked.b, other.b)
         )
-    return PerceptualWeights(factors, layers, weights.present)
+    return PerceptualWeights(factors, layers, weights.present, weights.core)
 
 
 def truncate(weights: PerceptualWeights, rank: int) -> PerceptualWeights:
-    """The nearest weights of a rank (Eckart and Young 1936), in factors of that rank.
-
-    Raises:
-        WeightsError: The rank is below 1 or above that of the weights.
-    """
-    full = max((f.a.shape[-1] for f in weights.factors.values()), default=0)
-    if not 1 <= rank <= full:
-        raise WeightsError(f"Rank {rank} is not one of 1 to {full}, the rank of the weights.")
-    return PerceptualWeights(
-        {letter: _truncated(factor, rank) for letter, factor in weights.factors.items()},
-        weights.layers,
-        weights.present,
-    )
-
-
-def _truncated(factor: Factors, rank: int) -> Factors:
-    (reads, small_a), (writes, small_b) = (torch.linalg.qr(wide(t)) for t in (factor.a, factor.b))
-    left, values, right = torch.linalg.svd(small_b @ small_a.mT, full_matrices=False)
-    a = reads @ right.mT[..., :rank] * values[..., None, :rank]
-    b = writes @ left[..., :rank]
-    return Factors(a.to(factor.a.dtype), b.expand(*a.shape[:-2], -1, -1).to(factor.b.dtype))
+    """The nearest weights of a rank, see :meth:`~llava_vlora.weights.PerceptualWeights.truncate`."""
+    return weights.truncate(rank)
 
 
 def share(weights: PerceptualWeights, block: int) -> PerceptualWeights:
@@ -91,7 +73,7 @@ def share(weights: PerceptualWeights, block: int) -> PerceptualWeights:
         )
     places = [weights.layers.index(block - 1)] * len(weights.layers)
     factors = {letter: _blocks(factor, places) for letter, factor in weights.factors.items()}
-    return PerceptualWeights(factors, weights.layers, weights.present)
+    return PerceptualWeights(factors, weights.layers, weights.present, weights.core)
 
 
 def mean_image(images: Iterable[PerceptualWeights]) -> PerceptualWeights:
@@ -103,7 +85,7 @@ def mean_image(images: Iterable[PerceptualWeights]) -> PerceptualWeights:
     """
     total, count = None, 0
     first: PerceptualWeights | None = None
-    for weights in images:
+    for weights in (one.spelled() for one in images):
         first = first or weights
         _check_alike(first, weights)
         sums = {t: f.map(_sum_of_rows) for t, f in weights.factors.items()}
@@ -119,9 +101,13 @@ def mean_image(images: Iterable[PerceptualWeights]) -> PerceptualWeights:
 
 
 def flops_per_token(weights: PerceptualWeights) -> int:
-    """FLOPs that weights beside the model add to each text token: ``2 R (I + O)`` for each that is not zero."""
+    """FLOPs that weights beside the model add to each text token.
+
+    ``2 R (I + O)`` for each that is not zero, with a core ``2 R (I + R + O)``.
+    """
+    middle = 0 if weights.core is None else weights.rank
     return sum(
-        2 * factor.a.shape[-1] * (factor.a.shape[-2] + factor.b.shape[-2])
+        2 * factor.a.shape[-1] * (factor.a.shape[-2] + middle + factor.b.shape[-2])
         for factor in weights.factors.values()
         for j in range(len(weights.layers))
         if all(bool(t[..., j, :, :].any()) for t in (factor.a, factor.b))

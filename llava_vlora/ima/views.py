@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from ..errors import IMAError, listing
@@ -190,7 +189,7 @@ def perceptual_weights(batch: Batch) -> PerceptualWeights:
     for name, present in zip(batch.names, batch.weights.present.tolist(), strict=True):
         if not present:
             raise IMAError(f"Example {name} has no image, which this view is about; leave it out.")
-    return batch.weights
+    return batch.weights.spelled()
 
 
 def cosine(first: Tensor, second: Tensor, what: str) -> Tensor:
@@ -211,8 +210,3 @@ def cosine(first: Tensor, second: Tensor, what: str) -> Tensor:
         )
     cosines: Tensor = (first * second).sum(-1) / norms
     return cosines
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """In float32, or float64 where it is that already: differences and products of half precision lose too much."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ..errors import CheckpointError, VLoRAError, listing
+from ..generators import kind_of
 
 #: Where weights are, first found first taken.
 WEIGHT_FILES = (
@@ -71,9 +72,7 @@ class Checkpoint:
 
 def is_vlora(config: Mapping[str, Any]) -> bool:
     """Whether a ``config.json`` describes a VLoRA model, ours or the public code's."""
-    return config.get("mm_projector_type") == "vlora" or str(config.get("model_type")).startswith(
-        "llava_vlora"
-    )
+    return kind_of(config) is not None or str(config.get("model_type")).startswith("llava_vlora")
 
 
 def inspect_checkpoint(path: str | Path) -> Checkpoint:

@@ -22,6 +22,7 @@ from transformers import CLIPImageProcessor
 
 from ..data.features import Features, image_problem
 from ..errors import ConfigError, FeaturesError, ImageError
+from ..generators import KINDS
 from .data_errors import place
 from .extraction import recipe_of
 
@@ -35,9 +36,9 @@ class _Run:
 
 def check_features_flag(arguments: Any) -> None:
     """Refuse ``--vlora_features`` with another projector; ``ConfigError``."""
-    if arguments.vlora_features is not None and arguments.mm_projector_type != "vlora":
+    if arguments.vlora_features is not None and arguments.mm_projector_type not in KINDS:
         raise ConfigError(
-            f"--vlora_features {arguments.vlora_features} is for --mm_projector_type vlora, not "
+            f"--vlora_features {arguments.vlora_features} is for --mm_projector_type {' or '.join(KINDS)}, not "
             f"{arguments.mm_projector_type}: leave the flag out."
         )
 

@@ -5,77 +5,28 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, get_args, get_origin, get_type_hints
 
 import torch
 
-from ..config import VLoRAConfig
+from ..config import DERIVED_KEYS, GeneratorConfig
 from ..errors import ConfigError, UnsupportedDecoderError, listing
+from ..generators import KINDS, projector_types
 from ..training.saving import check_writable
 
 VISION_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 #: Share of sampled records from which nothing would be learned that still lets a run start.
 MAX_MISMATCH = 0.05
 
-#: Flags that are no settings of a generator.
-_ANY_PROJECTOR = (
-    "mm_vision_dtype",
-    "vlora_features",
-    "vlora_prune_mask",
-    "vlora_ima_steps",
-    "vlora_ima_examples",
-)
-
 
 @dataclass
-class VLoRAArguments:
-    """Flags that the plugin adds to LLaVA's model arguments. ``None`` stands for the default."""
+class PluginArguments:
+    """Flags that the plugin adds to LLaVA's model arguments for any projector. ``None`` stands for the default."""
 
     # `Optional`, not `| None`: the argument parser of transformers 4.36 reads only the former.
-    vlora_dim: Optional[int] = field(
-        default=None, metadata={"help": "Width of the generator (512)."}
-    )
-    vlora_depth: Optional[int] = field(
-        default=None, metadata={"help": "Decoder blocks of the generator (8)."}
-    )
-    vlora_heads: Optional[int] = field(
-        default=None, metadata={"help": "Attention heads of a block (16)."}
-    )
-    vlora_rank: Optional[int] = field(
-        default=None, metadata={"help": "Rank of a perceptual weight (64)."}
-    )
-    vlora_alpha: Optional[float] = field(
-        default=None, metadata={"help": "Scale is alpha / rank (alpha = rank)."}
-    )
-    vlora_type: Optional[str] = field(
-        default=None, metadata={"help": "Weight types, letters of qkvomgud (qkvom)."}
-    )
-    vlora_layers: Optional[str] = field(
-        default=None, metadata={"help": "Injected layers from 0, such as 3,7,11."}
-    )
-    vlora_placeholder: Optional[str] = field(
-        default=None, metadata={"help": "gap or contiguous (gap)."}
-    )
-    weights_sep: Optional[bool] = field(
-        default=None, metadata={"help": "One sub-generator a weight type (True)."}
-    )
-    skip_layers: Optional[int] = field(
-        default=None, metadata={"help": "Inject every n-th layer (4)."}
-    )
-    vlora_llm_dim: Optional[int] = field(
-        default=None, metadata={"help": "Derived; checked if given."}
-    )
-    vlora_llm_depth: Optional[int] = field(
-        default=None, metadata={"help": "Derived; checked if given."}
-    )
-    vlora_visual_dim: Optional[int] = field(
-        default=None, metadata={"help": "Derived; checked if given."}
-    )
-    vlora_pos_num: Optional[int] = field(
-        default=None, metadata={"help": "Derived; checked if given."}
-    )
     mm_vision_dtype: Optional[str] = field(
         default=None,
         metadata={
@@ -106,9 +57,45 @@ class VLoRAArguments:
     )
 
     def given(self) -> dict[str, Any]:
-        """The VLoRA flags that were given, by name."""
-        names = [f.name for f in fields(VLoRAArguments) if f.name not in _ANY_PROJECTOR]
+        """The settings of generators that were given, by name."""
+        own = {f.name for f in fields(PluginArguments)}
+        names = [f.name for f in fields(self) if f.name in _generator_flags() and f.name not in own]
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+def _generator_flags() -> dict[str, tuple[Any, str]]:
+    """Type and help of every setting of every generator, by flag."""
+    found: dict[str, tuple[Any, list[str]]] = {}
+    for row in KINDS.values():
+        hints = get_type_hints(row.config)
+        for f in fields(row.config):
+            key, default = f.metadata["key"], f.default
+            stated = "" if default is None else f" ({default})"
+            text = f"{f.metadata['help'].rstrip('.')}{stated}: {row.name}."
+            read, said = found.setdefault(key, (_read_as(hints[f.name]), []))
+            if read is not _read_as(hints[f.name]):
+                raise ConfigError(
+                    f"The generators {listing(KINDS)} read --{key} in two ways; give one of them another name."
+                )
+            said.append(text)
+    derived = {key: (int, ["Derived; checked if given."]) for key in DERIVED_KEYS}
+    return {key: (read, " ".join(said)) for key, (read, said) in {**found, **derived}.items()}
+
+
+def _read_as(hint: Any) -> type:
+    """The type that a command line reads for an annotation: the first that is not None; a list is text."""
+    parts = [part for part in get_args(hint) if part is not type(None)] or [hint]
+    first = get_origin(parts[0]) or parts[0]
+    return first if first in (int, float, bool, str) else str
+
+
+def model_arguments(stock: type) -> type:
+    """LLaVA's model arguments with those of the plugin and of every generator that is registered now."""
+    settings = [
+        (name, Optional[read], field(default=None, metadata={"help": text}))
+        for name, (read, text) in _generator_flags().items()
+    ]
+    return make_dataclass("ModelArguments", settings, bases=(stock, PluginArguments))
 
 
 @dataclass
@@ -134,8 +121,8 @@ class Request:
 
     @classmethod
     def vlora(cls) -> bool:
-        """Whether this run trains a VLoRA model."""
-        return cls.model is not None and cls.model.mm_projector_type == "vlora"
+        """Whether this run trains a VLoRA model, with any generator."""
+        return cls.model is not None and cls.model.mm_projector_type in KINDS
 
 
 def check_model_arguments(arguments: Any) -> None:
@@ -156,16 +143,18 @@ def check_model_arguments(arguments: Any) -> None:
             raise ConfigError(
                 f"--{name} {count} is no number of {name.rpartition('_')[2]}; give 1 or more."
             )
-    if arguments.mm_projector_type == "vlora":
-        VLoRAConfig.from_keys(given, where="The command line")
+    projector = arguments.mm_projector_type
+    projector_types(projector)
+    if projector in KINDS:
+        check_generator_flags(projector, given)
         if arguments.vision_tower is None:
             raise ConfigError(
-                "--mm_projector_type vlora needs --vision_tower: there is no image without one."
+                f"--mm_projector_type {projector} needs --vision_tower: there is no image without one."
             )
         if arguments.mm_use_im_start_end:
             raise ConfigError(
-                "--mm_projector_type vlora contradicts --mm_use_im_start_end True: there are no visual tokens to put "
-                "start and end tokens around. Give --mm_use_im_start_end False."
+                f"--mm_projector_type {projector} contradicts --mm_use_im_start_end True: there are no visual tokens "
+                "to put start and end tokens around. Give --mm_use_im_start_end False."
             )
         if "mpt" in arguments.model_name_or_path:
             raise UnsupportedDecoderError(
@@ -174,10 +163,23 @@ def check_model_arguments(arguments: Any) -> None:
                 "Mistral model, or, if it is one, another path."
             )
     elif given:
-        print(
-            f"--mm_projector_type {arguments.mm_projector_type}: {', '.join(given)} not used",
-            file=sys.stderr,
+        print(f"--mm_projector_type {projector}: {', '.join(given)} not used", file=sys.stderr)
+
+
+def check_generator_flags(projector: str, given: Mapping[str, Any]) -> GeneratorConfig:
+    """The settings of a generator from the command line.
+
+    Raises:
+        ConfigError: A flag is of another generator, or a value is invalid.
+    """
+    config = KINDS[projector].config
+    foreign = [key for key in given if key not in config.names() and key not in DERIVED_KEYS]
+    if foreign:
+        raise ConfigError(
+            f"--mm_projector_type {projector} has no setting {listing(f'--{key}' for key in foreign)}; leave it out. "
+            f"It has: {listing(f'--{key}' for key in config.names())}."
         )
+    return config.from_keys(given, where="The command line")
 
 
 def check_together(model: Any, training: Any) -> None:

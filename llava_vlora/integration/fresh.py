@@ -18,7 +18,7 @@ from llava.model.multimodal_projector.builder import build_vision_projector
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from ..config import VLoRAConfig
+from ..config import GeneratorConfig
 from ..errors import ConfigError
 from .modeling import LlavaVLoRAConfig, LlavaVLoRALlamaForCausalLM
 from .registration import register
@@ -43,7 +43,7 @@ class Models:
 def random_models(
     language: LlamaConfig,
     vision: CLIPVisionConfig,
-    settings: VLoRAConfig,
+    settings: GeneratorConfig,
     *,
     device: torch.device,
     dtype: torch.dtype,
@@ -79,13 +79,14 @@ def random_models(
     )
     llava.model.vision_tower = tower
     llava.model.mm_projector = _random(lambda: build_vision_projector(llava.config), device, dtype)
-    config = LlavaVLoRAConfig(**{**keys, **settings.to_keys()})
+    patches = (vision.image_size // vision.patch_size) ** 2
+    stated = {"mm_projector_type": settings.kind, **settings.resolved(patches).to_keys()}
+    config = LlavaVLoRAConfig(**{**keys, **stated})
     vlora = _around(text, LlavaVLoRALlamaForCausalLM, config)
     vlora.model.vision_tower = tower
     with torch.device(device):
         vlora.model.build_generator("The shape")
     vlora.model.mm_projector = _filled(vlora.model.mm_projector.to(dtype))
-    vlora.config.mm_projector_type = "vlora"
     if bits is not None:
         _quantise((text, llava, vlora), bits, dtype)
     return Models(text, llava, vlora, tower)

@@ -8,9 +8,9 @@ from llava.model.llava_arch import LlavaMetaModel
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from torch import nn
 
-from ..config import VLoRAConfig, check_derived
+from ..config import check_derived
 from ..decoder import decoder_shape
-from ..generator import PerceptualWeightsGenerator
+from ..generators import KINDS, Generator, config_of, kind_of
 from .compat import widen_rope_tables
 
 
@@ -18,7 +18,7 @@ class VLoRAMetaModel:
     """What a VLoRA model has in place of :class:`llava.model.llava_arch.LlavaMetaModel`'s projector."""
 
     config: Any
-    mm_projector: PerceptualWeightsGenerator
+    mm_projector: Generator
     vision_tower: Any
 
     def __init__(self, config: Any) -> None:
@@ -27,7 +27,7 @@ class VLoRAMetaModel:
         widen_rope_tables(cast(nn.Module, self))
         if hasattr(config, "mm_vision_tower"):
             self.vision_tower = build_vision_tower(config, delay_load=True)
-            if getattr(config, "mm_projector_type", None) == "vlora":
+            if kind_of({"mm_projector_type": getattr(config, "mm_projector_type", None)}):
                 self.build_generator(f"The config of {config._name_or_path or 'this model'}")
 
     def build_generator(self, where: str) -> None:
@@ -40,7 +40,7 @@ class VLoRAMetaModel:
             ConfigError: Settings are missing, invalid or contradict the models.
         """
         keys = self.config.to_dict()
-        settings = VLoRAConfig.from_keys(keys, where=where, complete=True)
+        settings = config_of(keys, where=where, complete=True)
         shape = decoder_shape(cast(nn.Module, self), settings.types)
         tower = cast(Any, self).get_vision_tower()
         patches = tower.num_patches + (tower.select_feature == "cls_patch")
@@ -51,5 +51,6 @@ class VLoRAMetaModel:
             "vlora_pos_num": patches,
         }
         check_derived(keys, derived, where=where)
-        self.mm_projector = PerceptualWeightsGenerator(settings, shape, tower.hidden_size, patches)
-        self.config.update({**settings.to_keys(), **derived})
+        make = KINDS[settings.kind].generator
+        self.mm_projector = make(settings, shape, tower.hidden_size, patches)
+        self.config.update({**self.mm_projector.config.to_keys(), **derived})

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from .. import injection, merging
 from ..cache import PerceptionCache
-from ..config import VLoRAConfig
+from ..config import GeneratorConfig
 from ..errors import ConfigError, PromptError
-from ..generator import PerceptualWeightsGenerator
+from ..generators import Generator
 from ..weights import PerceptualWeights
 from .images import Images, are_features, image_batch
 
@@ -32,17 +32,17 @@ class VLoRAPerception:
         return self.model
 
     @property
-    def generator(self) -> PerceptualWeightsGenerator:
+    def generator(self) -> Generator:
         """The generator, LLaVA's ``mm_projector``."""
         generator = getattr(self.model, "mm_projector", None)
-        if not isinstance(generator, PerceptualWeightsGenerator):
+        if not isinstance(generator, Generator):
             raise ConfigError(
                 "This model has no generator yet: it was loaded from a plain language model."
             )
         return generator
 
     @property
-    def vlora_config(self) -> VLoRAConfig:
+    def vlora_config(self) -> GeneratorConfig:
         """The settings of the generator."""
         return self.generator.config
 
@@ -54,7 +54,7 @@ class VLoRAPerception:
         Raises:
             ImageError: The images are not all of the vision tower's size.
         """
-        weight = self.generator.visual_proj.weight
+        weight = self.generator.like
         if are_features(images):
             return cast(Tensor, images)[:, 0].to(weight.device, weight.dtype)
         tower = self._tower()
@@ -80,7 +80,7 @@ class VLoRAPerception:
         return self.perceive(images)
 
     def look(self, images: Images) -> Tensor:
-        """Where the generator looks: ``[B, T, K, V]`` by weight type, injected layer and patch; rows sum to one."""
+        """Which patches matter: ``[B, T, K, V]`` by weight type, injected layer and patch; rows sum to one."""
         return self.generator.look(self.image_features(images))
 
     def seeing(self, weights: PerceptualWeights) -> AbstractContextManager[None]:

@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from ..generator import PerceptualWeightsGenerator
+from ..generators import Generator
 from ..training.health import COLLAPSED, GeneratorHealth
 
 #: Figures that go to TensorBoard, W&B and trainer_state.json, but not into every line on the screen.
@@ -31,7 +31,7 @@ class RunReport:
         self._projector_rate: float | None = None
         generator = getattr(trainer.model.get_model(), "mm_projector", None)
         self.health: GeneratorHealth | None = None
-        if isinstance(generator, PerceptualWeightsGenerator):
+        if isinstance(generator, Generator):
             self.health = GeneratorHealth(generator, trainer.model)
         trainer.callback_handler.callbacks.insert(_before_printer(trainer), _KeepDetailsBack())
 

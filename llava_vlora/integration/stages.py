@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..config import DERIVED_KEYS, VLoRAConfig, check_derived
+from ..config import DERIVED_KEYS, check_derived
 from ..errors import CheckpointError, ConfigError
+from ..generators import KINDS
 from .base_model import describe_base, other_base
 from .checkpoint import is_vlora, load_projector, read_json, read_tensors
 from .flags import Request, check_starts_trained
@@ -27,6 +28,13 @@ def initialize_generator(model: Any, arguments: Any, fsdp: Any) -> None:
     stage1 = arguments.pretrain_mm_mlp_adapter
     given = arguments.given()
     before = _stage1_config(stage1)
+    kind = KINDS[arguments.mm_projector_type]
+    made_as = before.get("mm_projector_type")
+    if made_as is not None and made_as != kind.name:
+        raise CheckpointError(
+            f"{stage1} was made with --mm_projector_type {made_as}, and this run has {kind.name}. Both stages need "
+            "the same generator: change the flag, or give the projector file of another run."
+        )
     if model.get_vision_tower() is None:
         from llava.model.multimodal_encoder.builder import build_vision_tower
 
@@ -35,15 +43,24 @@ def initialize_generator(model: Any, arguments: Any, fsdp: Any) -> None:
     if not hasattr(model, "mm_projector"):
         check_starts_trained(arguments, Request.training)
         where = "The command line"
-        learned = VLoRAConfig.from_keys(before, where=str(stage1)).to_keys() if before else {}
+        learned = kind.config.from_keys(before, where=str(stage1)).to_keys() if before else {}
         _check_same(stage1, learned, given, "the command line asks for")
         # What neither this run nor stage 1 says has the paper's value.
-        settings = VLoRAConfig.from_keys({**learned, **given}, where=where)
-        model.config.update({**settings.to_keys(), **_derived(given)})
+        settings = kind.config.from_keys({**learned, **given}, where=where)
+        tower = model.get_vision_tower()
+        settings = settings.resolved(tower.num_patches + (tower.select_feature == "cls_patch"))
+        named = {"mm_projector_type": kind.name}
+        model.config.update({**settings.to_keys(), **_derived(given), **named})
         model.build_generator(where)
     else:
         settings = model.mm_projector.config
-        wanted = VLoRAConfig.from_keys({**settings.to_keys(), **given}, where="The command line")
+        if settings.kind != kind.name:
+            raise ConfigError(
+                f"The checkpoint that training starts from has --mm_projector_type {settings.kind}, the command line "
+                f"asks for {kind.name}; give the checkpoint's."
+            )
+        keys = {**settings.to_keys(), **given}
+        wanted = kind.config.from_keys(keys, where="The command line")
         if wanted != settings:
             raise ConfigError(
                 f"The checkpoint that training starts from has {settings.to_keys()}, "

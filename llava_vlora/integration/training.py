@@ -1,4 +1,4 @@
-"""LLaVA's trainer with ``--mm_projector_type vlora``: its flags, and the model class that they choose."""
+"""LLaVA's trainer with a generator for ``--mm_projector_type``: its flags, and the model class that they choose."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from .data_errors import check_data_files, name_sample_errors
 from .features import check_features_flag, patch_features
 from .flags import (
     VISION_DTYPES,
+    PluginArguments,
     Request,
-    VLoRAArguments,
     VLoRADataArguments,
     check_machine,
     check_model_arguments,
     check_together,
+    model_arguments,
 )
 from .meta_model import VLoRAMetaModel
 from .modeling import LlavaVLoRALlamaForCausalLM, LlavaVLoRAMistralForCausalLM
@@ -42,12 +43,12 @@ from .zero import (
 
 def patch_training(train: ModuleType) -> None:
     """Give ``llava.train.train`` the flags, the choice of class and named data errors. Idempotent."""
-    if issubclass(train.ModelArguments, VLoRAArguments):
+    if issubclass(train.ModelArguments, PluginArguments):
         return
     stock_arguments, stock_class = train.ModelArguments, train.LlavaLlamaForCausalLM
 
     @dataclass
-    class ModelArguments(stock_arguments, VLoRAArguments):  # type: ignore[misc, valid-type]
+    class ModelArguments(model_arguments(stock_arguments)):  # type: ignore[misc, valid-type]
         """LLaVA's model arguments with those of VLoRA."""
 
         def __post_init__(self) -> None:
@@ -114,7 +115,7 @@ class _ChosenClass:
         if is_vlora(config) and not wanted:
             raise ConfigError(
                 f"{path} is a VLoRA model, but --mm_projector_type asks for another projector; "
-                "give --mm_projector_type vlora."
+                f"give --mm_projector_type {config.get('mm_projector_type', 'vlora')}."
             )
         chosen = _vlora_class(path, str(config.get("model_type"))) if wanted else self._stock
         prepare_options(kwargs, config)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..decoder import TARGETS, decoder_layers
+from ..generators import Generator
+from ..weights import PerceptualWeights
 
 #: Passes that the image-dependent share is taken over. Images are compared with those of their own pass, because
 #: the generator itself differs from step to step.
@@ -46,11 +48,11 @@ class GeneratorHealth:
     """Watches a generator and the language model that it writes to.
 
     Args:
-        generator: A :class:`~llava_vlora.generator.PerceptualWeightsGenerator`.
+        generator: A :class:`~llava_vlora.generators.Generator`.
         decoder: The language model, or any module that holds its decoder layers.
     """
 
-    def __init__(self, generator: nn.Module, decoder: nn.Module) -> None:
+    def __init__(self, generator: Generator, decoder: nn.Module) -> None:
         """Nothing is watched before :meth:`watch`."""
         self._generator, self._decoder = generator, decoder
         self._passes: deque[_Pass] = deque(maxlen=_PASSES)
@@ -98,13 +100,14 @@ class GeneratorHealth:
         features = args[0]
         keys = features.flatten(1)[:, :: max(1, features[0].numel() // _SAMPLED)].float()
         shares: dict[str, Tensor] = {}
-        for letter, (a, b) in output.items():
-            own = (a if a.ndim == 4 else b).detach().flatten(2)
+        weights = self._generator.pack(output)
+        for name, tensor in weights.own().items():
+            own = tensor.detach().flatten(2) if tensor.ndim == 4 else tensor.detach().flatten(1)
             picked = own[..., :: max(1, own.shape[-1] // _SAMPLED)][..., :_SAMPLED]
-            shares[letter] = picked.float().clone()
-            first, second = (t.detach()[0] if t.ndim == 4 else t.detach() for t in (a, b))
-            gram = (first.mT @ first).float() * (second.mT @ second).float()
-            self._squares[letter] = gram.sum((-1, -2))  # |b a^T|^2 by layer
+            # The generated factor of a weight type stands for the type; a core stands for all of them.
+            shares[name if weights.core is not None else name[0]] = picked.float().clone()
+        for letter in weights.factors:
+            self._squares[letter] = _squared_norms(weights, letter)
         self._compare(keys, shares)
 
     def _compare(self, keys: Tensor, factors: dict[str, Tensor]) -> None:
@@ -129,7 +132,7 @@ class GeneratorHealth:
         ``vlora/image_share``: of the sum of squares of the generated factors, the part that differs between images
         (0: one answer for all; images of one batch are compared, over the last 8 batches of this process that were
         read, by a sample of each factor).
-        ``vlora/image_share/<type>``: the same by weight type.
+        ``vlora/image_share/<type>``: the same by weight type; ``.../core`` where one matrix is the image for all.
         ``vlora/delta_ratio`` and ``.../layer_<l>``: Frobenius norm of the perceptual weights over that of the
         weights they add to (types with a weight of their own), for the last micro-batch's first image.
         ``vlora/delta_norm/<type>``: Frobenius norm of that type in all layers.
@@ -195,6 +198,17 @@ class GeneratorHealth:
         trains = any(w.requires_grad for w in every)
         self._weights = (step if trains else 1 << 60, found)
         return found
+
+
+def _squared_norms(weights: PerceptualWeights, letter: str) -> Tensor:
+    """``|delta_W|^2`` of the first image by layer, ``[K]``, from products of the factors with themselves."""
+    factor = weights.factors[letter]
+    a, b = (t.detach()[0] if t.ndim == 4 else t.detach() for t in (factor.a, factor.b))
+    reads, writes = (a.mT @ a).float(), (b.mT @ b).float()
+    if weights.core is not None:  # |b core^T a^T|^2 = <b^T b, core^T a^T a core>
+        core = weights.core.detach()[0].float()
+        reads = core.mT @ reads @ core
+    return (reads * writes).sum((-1, -2))
 
 
 def _sums_of_squares(groups: Iterable[list[Tensor]]) -> list[float]:

@@ -1,4 +1,4 @@
-"""The perceptual weights generator: patch features of an image -> perceptual weights (paper section 3.2, Fig. 3).
+"""The paper's generator: patch features of an image -> perceptual weights (paper section 3.2, Fig. 3).
 
 Parameter names and arithmetic are those of the public VLoRA checkpoints, so that these load unchanged.
 Knows nothing about language models beyond the widths in :class:`~llava_vlora.decoder.DecoderShape`.
@@ -9,19 +9,22 @@ output width of a weight type.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .config import VLoRAConfig
-from .decoder import TARGETS, DecoderShape
-from .errors import ConfigError, ImageError
-from .weights import Factors, PerceptualWeights
+from ..config import VLoRAConfig
+from ..decoder import TARGETS, DecoderShape
+from ..errors import ConfigError
+from ..weights import PerceptualWeights
+from .base import Generator, linear_counts, norm_counts
 
 _MLP_RATIO = 4
+#: Tensors of ``[B, Q, D]`` that a block keeps for the backward pass: norms, projections and the MLP.
+_BLOCK_TENSORS = 21
 
 
 class CrossAttention(nn.MultiheadAttention):
@@ -120,12 +123,14 @@ class SubGenerator(nn.Module):
         return self.norm(queries), torch.stack(seen).mean(0) if seen else None
 
 
-class PerceptualWeightsGenerator(nn.Module):
+class PerceptualWeightsGenerator(Generator):
     """Turns the patch features of an image into low-rank weights for a language model.
 
     One factor of each weight depends on the image, the other (``Bs``) is learned and shared by all images;
     it starts at zero, so an untrained generator leaves the language model unchanged.
     """
+
+    config: VLoRAConfig
 
     def __init__(
         self, config: VLoRAConfig, shape: DecoderShape, visual_dim: int, num_patches: int
@@ -142,29 +147,17 @@ class PerceptualWeightsGenerator(nn.Module):
             ConfigError: The injected layers do not fit the decoder, or a single generator
                 (``weights_sep False``) would need factors of different widths.
         """
-        super().__init__()
-        self.config = config
-        self.layers = config.layers(shape.num_layers)
-        self.num_patches, self.visual_dim = num_patches, visual_dim
-        sides = {"a": shape.in_features, "b": shape.out_features}
-        generated = {t: TARGETS[t].generated for t in config.types}
-        self.generated_features = {t: sides[side][t] for t, side in generated.items()}
-        self.shared_features = {
-            t: sides["ab".replace(side, "")][t] for t, side in generated.items()
-        }
+        super().__init__(config, shape, visual_dim, num_patches)
+        self.generated_features, self.shared_features = _widths(config, shape)
         k, widths = len(self.layers), list(self.generated_features.values())
         self.visual_proj = nn.Linear(visual_dim, config.dim)
         self.pos_embed = nn.Parameter(torch.randn(1, num_patches, config.dim))
         self.gen: nn.ModuleList | SubGenerator
         if config.separate:
             self.gen = nn.ModuleList(SubGenerator(config, k, width) for width in widths)
-        elif len(set(widths)) == 1:
-            self.gen = SubGenerator(config, len(widths) * k, widths[0])
         else:
-            raise ConfigError(
-                "weights_sep False needs one generated width for all weight types, but they are "
-                f"{self.generated_features}; use weights_sep True."
-            )
+            width = _one_width(self.generated_features)
+            self.gen = SubGenerator(config, len(widths) * k, width)
         self._init_linear()
         # Rectangular weights (grouped-query attention) cannot share the public format's single tensor.
         self.square = len({*widths, *self.shared_features.values()}) == 1
@@ -182,14 +175,10 @@ class PerceptualWeightsGenerator(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def __call__(self, features: Tensor) -> PerceptualWeights:
-        """Patch features ``[B, V, visual_dim]`` -> the weights of B images."""
-        return self._pack(super().__call__(features))
-
-    def forward(self, features: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """The factors by weight type: bare tensors, because ZeRO-3's module hooks look into no other class."""
-        factors = self.expand(self.latents(features)).factors
-        return {letter: (factor.a, factor.b) for letter, factor in factors.items()}
+    @property
+    def like(self) -> Tensor:
+        """The weight that reads the features."""
+        return self.visual_proj.weight
 
     def latents(self, features: Tensor) -> dict[str, Tensor]:
         """The image in its smallest form: for each weight type ``[B, K, D]``.
@@ -211,7 +200,7 @@ class PerceptualWeightsGenerator(nn.Module):
 
     def expand(self, latents: Mapping[str, Tensor]) -> PerceptualWeights:
         """Spell latents out as factors (the paper's shared linear layer W_s of Fig. 3b)."""
-        factors: dict[str, tuple[Tensor, Tensor]] = {}
+        factors: dict[str, tuple[Tensor, ...]] = {}
         for i, letter in enumerate(self.config.types):
             latent = latents[letter]
             batch, k, _ = latent.shape
@@ -222,14 +211,7 @@ class PerceptualWeightsGenerator(nn.Module):
             own = sub.weights_head(latent).view(batch, k, width, self.config.rank)
             shared = self._static(i, letter)
             factors[letter] = (own, shared) if TARGETS[letter].generated == "a" else (shared, own)
-        return self._pack(factors)
-
-    def _pack(self, factors: Mapping[str, tuple[Tensor, Tensor]]) -> PerceptualWeights:
-        some = next(t for pair in factors.values() for t in pair if t.ndim == 4)
-        present = torch.ones(len(some), dtype=torch.bool, device=some.device)
-        return PerceptualWeights(
-            {letter: Factors(a, b) for letter, (a, b) in factors.items()}, self.layers, present
-        )
+        return PerceptualWeights.from_bare(factors, self.layers)
 
     def _static(self, i: int, letter: str) -> Tensor:
         k = len(self.layers)
@@ -239,19 +221,10 @@ class PerceptualWeightsGenerator(nn.Module):
             else self.Bs[letter]
         )
         shared = flat.view(k, self.shared_features[letter], self.config.rank)
-        # In training at the paper's scale of one, the factor is the parameter itself. Elsewhere it is a copy: weights
-        # that are kept must not change with the generator.
-        itself = self.training and torch.is_grad_enabled() and self.config.scale == 1
-        return shared if itself else self.config.scale * shared
+        return self._owned(shared, self.config.scale)
 
     def _run(self, features: Tensor, need_weights: bool) -> dict[str, tuple[Tensor, Tensor | None]]:
-        if features.ndim != 3 or features.shape[1:] != (self.num_patches, self.visual_dim):
-            raise ImageError(
-                f"Image features have shape {tuple(features.shape)}; the generator was built for "
-                f"[images, {self.num_patches} patches, {self.visual_dim}]. Use the vision tower and the image "
-                "size that the model was trained with."
-            )
-        image = self.visual_proj(features.to(self.visual_proj.weight.dtype)) + self.pos_embed
+        image = self.visual_proj(self.checked(features)) + self.pos_embed
         if isinstance(self.gen, nn.ModuleList):
             return {
                 t: sub(image, need_weights)
@@ -262,3 +235,126 @@ class PerceptualWeightsGenerator(nn.Module):
         parts = latent.split(k, dim=1)
         looks = attention.split(k, dim=1) if attention is not None else (None,) * count
         return {t: (parts[i], looks[i]) for i, t in enumerate(self.config.types)}
+
+    # --- sizes and costs --------------------------------------------------------------------------------
+
+    @classmethod
+    def parameter_counts(
+        cls, config: VLoRAConfig, shape: DecoderShape, visual_dim: int, num_patches: int
+    ) -> dict[str, int]:
+        """Parameters by name."""
+        dim, rank, injected = config.dim, config.rank, len(config.layers(shape.num_layers))
+        generated, shared = _widths(config, shape)
+        found = {"pos_embed": num_patches * dim, **linear_counts("visual_proj", visual_dim, dim)}
+        if config.separate:
+            for i, width in enumerate(generated.values()):
+                found |= dict(_sub_generator(f"gen.{i}", config, injected, width))
+        else:
+            width = _one_width(generated)
+            found |= dict(_sub_generator("gen", config, injected * len(generated), width))
+        if len({*generated.values(), *shared.values()}) == 1:
+            return found | {"Bs": sum(shared.values()) * injected * rank}
+        return found | {f"Bs.{t}": injected * width * rank for t, width in shared.items()}
+
+    @classmethod
+    def macs(
+        cls,
+        config: VLoRAConfig,
+        shape: DecoderShape,
+        visual_dim: int,
+        num_patches: int,
+        *,
+        project: bool = False,
+    ) -> int:
+        """MACs of one image; ``project`` counts as the public code computes, see :class:`CrossAttention`."""
+        dim, injected = config.dim, len(config.layers(shape.num_layers))
+        groups = len(config.types) if config.separate else 1
+        queries = injected * len(config.types) // groups
+        linear = queries * (4 + 4 + 8) * dim**2
+        if not project and queries * config.heads < dim:
+            look = 2 * queries * config.heads * num_patches * dim
+        else:
+            look = 2 * (num_patches - queries) * dim**2 + 2 * queries * num_patches * dim
+        attention = 2 * queries**2 * dim + look
+        heads = dim * cls.image_values(config, shape)
+        trunk = groups * config.depth * (linear + attention)
+        return num_patches * visual_dim * dim + trunk + heads
+
+    @classmethod
+    def token_macs(cls, config: VLoRAConfig, shape: DecoderShape, types: str) -> int:
+        """MACs of a token."""
+        widths = sum(shape.in_features[t] + shape.out_features[t] for t in types)
+        return len(config.layers(shape.num_layers)) * config.rank * widths
+
+    @classmethod
+    def merge_macs(cls, config: VLoRAConfig, shape: DecoderShape, types: str) -> int:
+        """MACs of a merge (paper equation 4)."""
+        areas = sum(shape.in_features[t] * shape.out_features[t] for t in types)
+        return len(config.layers(shape.num_layers)) * config.rank * areas
+
+    @classmethod
+    def image_values(cls, config: VLoRAConfig, shape: DecoderShape) -> int:
+        """Numbers in the generated factors."""
+        generated, _ = _widths(config, shape)
+        return len(config.layers(shape.num_layers)) * config.rank * sum(generated.values())
+
+    @classmethod
+    def kept_values(
+        cls, config: VLoRAConfig, shape: DecoderShape, visual_dim: int, num_patches: int
+    ) -> int:
+        """Numbers kept of an image."""
+        dim, types = config.dim, len(config.types)
+        groups = types if config.separate else 1
+        queries = len(config.layers(shape.num_layers)) * types // groups
+        block = _BLOCK_TENSORS * queries * dim
+        if queries * config.heads < dim:  # see CrossAttention: patches are not projected
+            block += 2 * config.heads * queries * dim
+        else:
+            block += 2 * num_patches * dim
+        return num_patches * (visual_dim + dim) + groups * config.depth * block
+
+    @classmethod
+    def kept_token_values(cls, config: VLoRAConfig, shape: DecoderShape) -> int:
+        """Numbers kept of a token in an injected layer."""
+        return config.rank * len(config.types)
+
+
+def _widths(config: VLoRAConfig, shape: DecoderShape) -> tuple[dict[str, int], dict[str, int]]:
+    """Width of the generated and of the shared factor, by weight type."""
+    sides = {"a": shape.in_features, "b": shape.out_features}
+    generated = {t: sides[TARGETS[t].generated][t] for t in config.types}
+    shared = {t: sides["ab".replace(TARGETS[t].generated, "")][t] for t in config.types}
+    return generated, shared
+
+
+def _one_width(generated: Mapping[str, int]) -> int:
+    """The width that all generated factors have.
+
+    Raises:
+        ConfigError: They differ.
+    """
+    if len(set(generated.values())) > 1:
+        raise ConfigError(
+            "weights_sep False needs one generated width for all weight types, but they are "
+            f"{dict(generated)}; use weights_sep True."
+        )
+    return next(iter(generated.values()))
+
+
+def _sub_generator(
+    name: str, config: VLoRAConfig, queries: int, width: int
+) -> Iterator[tuple[str, int]]:
+    dim = config.dim
+    yield f"{name}.queries", queries * dim
+    for i in range(config.depth):
+        block = f"{name}.decoders.{i}"
+        for attention in ("self_attn", "multihead_attn"):
+            yield f"{block}.{attention}.in_proj_weight", 3 * dim**2
+            yield f"{block}.{attention}.in_proj_bias", 3 * dim
+            yield from linear_counts(f"{block}.{attention}.out_proj", dim, dim).items()
+        yield from linear_counts(f"{block}.linear1", dim, _MLP_RATIO * dim).items()
+        yield from linear_counts(f"{block}.linear2", _MLP_RATIO * dim, dim).items()
+        for norm in ("norm1", "norm2", "norm3"):
+            yield from norm_counts(f"{block}.{norm}", dim).items()
+    yield from norm_counts(f"{name}.norm", dim).items()
+    yield from linear_counts(f"{name}.weights_head", dim, width * config.rank).items()
