@@ -40,7 +40,7 @@ _READ = 2.25
 _GAIN = 100.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FastWeightsConfig(GeneratorConfig):
     """Settings of fast weights and of where they go."""
 
@@ -172,6 +172,32 @@ def grid_positions(across: int, dim: int) -> Tensor:
     return torch.cat([rows, columns], dim=-1).flatten(0, 1)[:, :dim].contiguous()
 
 
+class Gather(nn.Linear):
+    """What a vector sees of its window of patches, ``C * window * window`` numbers, as one vector.
+
+    What binds must lie in one vector, and a window is wide enough for what lies across strides. At first a vector is
+    made of the patches of its stride alone: with all patches of a window weighted alike, what is in the middle is a
+    small part of the vector and takes long to be found.
+    """
+
+    def __init__(self, width: int, dim: int, grid: Grid) -> None:
+        """For patches of ``width``."""
+        self.grid = grid  # before the weights are made: ZeRO-3 takes them away as soon as they are
+        super().__init__(width * grid.window**2, dim)
+
+    def reset_parameters(self) -> None:
+        """As a linear layer of the patches of the stride, which stand in the middle."""
+        nn.init.zeros_(self.weight)
+        window, stride = self.grid.window, self.grid.stride
+        first = (window - stride) // 2
+        middle = slice(first, first + stride)
+        bound = (self.in_features / window**2 * stride**2) ** -0.5
+        with torch.no_grad():
+            kernel = self.weight.view(self.out_features, -1, window, window)
+            kernel[..., middle, middle].uniform_(-bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+
 class Block(nn.Module):
     """A pre-norm transformer block over the vectors of an image."""
 
@@ -183,6 +209,12 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.linear1 = nn.Linear(dim, _MLP_RATIO * dim)
         self.linear2 = nn.Linear(_MLP_RATIO * dim, dim)
+        for last in (
+            self.out,
+            self.linear2,
+        ):  # a block starts as the identity: each vector is its patches at first
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, P, D]`` -> ``[B, P, D]``."""
@@ -236,7 +268,7 @@ class FastWeightsGenerator(Generator):
         self.grid = grid = Grid.of(config, num_patches)
         dim = config.dim
         self.norm_in = nn.LayerNorm(visual_dim)
-        self.gather = nn.Linear(visual_dim * grid.window**2, dim)
+        self.gather = Gather(visual_dim, dim, grid)
         if grid.rest:
             self.whole = nn.Linear(visual_dim, dim)
         if config.positions == "learned":
