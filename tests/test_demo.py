@@ -21,7 +21,7 @@ from llava_vlora.cli import demo as verb
 from llava_vlora.cli import main
 from llava_vlora.demo import plan
 from llava_vlora.demo.pipeline import clear, pick_samples, shell_line
-from llava_vlora.demo.plan import RunFolder, Settings, training_command
+from llava_vlora.demo.plan import RunFolder, Settings, recipe_flags, training_command
 from llava_vlora.demo.process import Job, StageError, TrainerProgress, run_jobs, worker_progress
 from llava_vlora.errors import ConfigError, DataError
 from llava_vlora.evaluation.answering import answer, open_images
@@ -32,8 +32,9 @@ from llava_vlora.evaluation.measuring import (
     sequence_length,
     text_length,
 )
+from llava_vlora.generators import KINDS
 from llava_vlora.integration.api import Loaded
-from llava_vlora.sceneqa import SIZES
+from llava_vlora.sceneqa import SIZES, dataset_files, scene_size
 
 SETTINGS = Settings("small", 7, None, "cpu", 8, 2, 1)
 
@@ -42,19 +43,33 @@ SETTINGS = Settings("small", 7, None, "cpu", 8, 2, 1)
 
 
 @pytest.mark.parametrize("stage", plan.STAGES)
-def test_trainings_differ_in_the_projector_type_and_in_folders_alone(
-    stage: plan.Stage, tmp_path: Path
+@pytest.mark.parametrize("kind", ["mlp2x_gelu", *KINDS])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_recipe_has_the_flags_of_its_kind_and_no_other(
+    size: str, kind: str, stage: plan.Stage
 ) -> None:
-    folder = RunFolder(tmp_path)
-    llava, vlora = (training_command(SETTINGS, folder, m, stage) for m in ("llava", "vlora"))
-    differing = {llava[i - 1] for i in range(len(llava)) if llava[i] != vlora[i]}
-    folders = (
-        {"--output_dir"} if stage == "pretrain" else {"--output_dir", "--pretrain_mm_mlp_adapter"}
-    )
-    assert differing == folders | {"--mm_projector_type"}
-    assert [word.replace("llava/", "vlora/") for word in llava if "models" in word] == [
-        word for word in vlora if "models" in word
-    ]
+    recipe, files = scene_size(size).recipe, dataset_files(Path("data"))
+    plain = recipe_flags(size, recipe, files, stage)
+    flags = recipe_flags(size, recipe, files, stage, kind)
+    own = {name: value for name, value in flags.items() if name not in plain}
+    assert plain == {name: value for name, value in flags.items() if name in plain}
+    if kind in KINDS:
+        assert own == recipe.generators[kind]
+        assert own.keys() <= KINDS[kind].config.names().keys()
+        assert KINDS[kind].config.from_keys(own, where="the recipe").layers(4) == (0, 1, 2, 3)
+    else:
+        assert not own
+
+
+def test_the_papers_recipe_is_what_it_was() -> None:
+    settings = {"vlora_depth": 2, "vlora_heads": 16, "vlora_rank": 32, "vlora_alpha": 32}
+    settings |= {"vlora_type": "qkvom", "skip_layers": 1}
+    for size, width in (("small", 128), ("full", 256)):
+        assert scene_size(size).recipe.settings("vlora") == settings | {"vlora_dim": width}
+
+
+def test_a_kind_without_a_recipe_gets_its_defaults_in_every_layer() -> None:
+    assert scene_size("small").recipe.settings("another") == {"skip_layers": 1}
 
 
 def test_printed_commands_mean_the_same_to_a_shell(tmp_path: Path) -> None:

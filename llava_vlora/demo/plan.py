@@ -7,18 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from ..generators import KINDS
 from ..sceneqa import SceneQAFiles, TrainingRecipe, dataset_files, scene_size
 
 #: Model name -> LLaVA's ``--mm_projector_type``, the only difference between the two trainings.
 PROJECTORS = {"llava": "mlp2x_gelu", "vlora": "vlora"}
 #: All sets of answers; ``blind`` is the LLaVA model without the image.
 ANSWERS = ("llava", "vlora", "blind")
-
-#: Flags of the generator, named as in the recipe.
-_GENERATOR_FLAGS = (
-    *("vlora_dim", "vlora_depth", "vlora_heads", "vlora_rank", "vlora_alpha"),
-    *("vlora_type", "skip_layers"),
-)
 
 Stage = Literal["pretrain", "finetune"]
 STAGES: tuple[Stage, ...] = ("pretrain", "finetune")
@@ -107,9 +102,17 @@ def stage_steps(recipe: TrainingRecipe, stage: Stage) -> int:
 
 
 def recipe_flags(
-    size: str, recipe: TrainingRecipe, files: SceneQAFiles, stage: Stage
+    size: str, recipe: TrainingRecipe, files: SceneQAFiles, stage: Stage, kind: str | None = None
 ) -> dict[str, object]:
-    """Flags of LLaVA's trainer for a stage on SceneQA; folders, projector type and seed are the caller's."""
+    """Flags of LLaVA's trainer for a stage on SceneQA; folders, projector type and seed are the caller's.
+
+    Args:
+        size: Scene size.
+        recipe: Its recipe.
+        files: The data set.
+        stage: The stage.
+        kind: Value of ``--mm_projector_type``; a generator's settings are among the flags, of no other kind are any.
+    """
     pretrain = stage == "pretrain"
     flags: dict[str, object] = {
         "model_name_or_path": ASSETS,
@@ -121,7 +124,7 @@ def recipe_flags(
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,
         "mm_vision_dtype": "float32",
-        **{name: getattr(recipe, name) for name in _GENERATOR_FLAGS},
+        **(recipe.settings(kind) if kind in KINDS else {}),
     }
     if not pretrain:
         flags |= {
@@ -149,11 +152,10 @@ def recipe_flags(
 def training_command(settings: Settings, folder: RunFolder, model: str, stage: Stage) -> list[str]:
     """LLaVA's trainer for one model and stage.
 
-    The two models' commands differ in ``--mm_projector_type`` and in folders; flags that concern
-    VLoRA alone are given to both, and LLaVA's projector does not read them.
+    The models' commands differ in ``--mm_projector_type``, the generator's settings and folders.
     """
     recipe = settings.recipe()
-    flags = recipe_flags(settings.size, recipe, folder.files, stage)
+    flags = recipe_flags(settings.size, recipe, folder.files, stage, PROJECTORS[model])
     flags |= {
         "mm_projector_type": PROJECTORS[model],
         "output_dir": folder.checkpoint(model, stage),

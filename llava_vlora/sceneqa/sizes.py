@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from llava_vlora.errors import VLoRAError
 
@@ -28,13 +30,7 @@ class TrainingRecipe:
         finetune_batch: samples per finetuning step.
         finetune_lr: learning rate of the language model in finetuning.
         projector_lr: learning rate of the projector in finetuning.
-        vlora_dim: width of VLoRA's generator.
-        vlora_depth: number of blocks of VLoRA's generator.
-        vlora_heads: attention heads of VLoRA's generator.
-        vlora_rank: rank of the generated weights.
-        vlora_alpha: scale numerator, the deltas are scaled by alpha / rank.
-        vlora_type: projections that receive generated weights.
-        skip_layers: every how many layers the generated weights are applied.
+        generators: for each kind of generator, its settings by flag; what is not stated has its default.
     """
 
     train_images: int
@@ -46,13 +42,11 @@ class TrainingRecipe:
     finetune_batch: int
     finetune_lr: float
     projector_lr: float
-    vlora_dim: int
-    vlora_depth: int
-    vlora_heads: int
-    vlora_rank: int
-    vlora_alpha: int
-    vlora_type: str
-    skip_layers: int
+    generators: Mapping[str, Mapping[str, Any]]
+
+    def settings(self, kind: str) -> dict[str, Any]:
+        """Settings of a kind of generator by flag; one without a row gets its defaults in every layer."""
+        return dict(self.generators.get(kind, {"skip_layers": 1}))
 
 
 @dataclass(frozen=True)
@@ -98,6 +92,16 @@ class SceneSize:
 
 _COLORS = ("red", "green", "blue", "yellow", "purple", "white")
 _SHAPES = ("circle", "square", "triangle", "cross")
+#: Settings of the paper's generator, and of fast weights, for models as small as these.
+_PAPER: dict[str, Any] = {
+    "vlora_depth": 2,
+    "vlora_heads": 16,
+    "vlora_rank": 32,
+    "vlora_alpha": 32,
+    "vlora_type": "qkvom",
+    "skip_layers": 1,
+}
+_FAST: dict[str, Any] = {"vlora_dim": 128, "skip_layers": 1}
 
 SIZES: dict[str, SceneSize] = {
     "small": SceneSize(
@@ -121,13 +125,7 @@ SIZES: dict[str, SceneSize] = {
             finetune_batch=32,
             finetune_lr=2e-3,
             projector_lr=1e-3,
-            vlora_dim=128,
-            vlora_depth=2,
-            vlora_heads=16,
-            vlora_rank=32,
-            vlora_alpha=32,
-            vlora_type="qkvom",
-            skip_layers=1,
+            generators={"vlora": _PAPER | {"vlora_dim": 128}, "vlora_fast": _FAST},
         ),
     ),
     "full": SceneSize(
@@ -151,13 +149,7 @@ SIZES: dict[str, SceneSize] = {
             finetune_batch=16,
             finetune_lr=1e-3,
             projector_lr=1e-3,
-            vlora_dim=256,
-            vlora_depth=2,
-            vlora_heads=16,
-            vlora_rank=32,
-            vlora_alpha=32,
-            vlora_type="qkvom",
-            skip_layers=1,
+            generators={"vlora": _PAPER | {"vlora_dim": 256}, "vlora_fast": _FAST},
         ),
     ),
 }
