@@ -446,7 +446,7 @@ def test_command_prints_both_side_by_side(
     assert main("estimate --model 7b --stage pretrain --gpus 8".split()) == 0
     shown = capsys.readouterr().out
     assert "ZeRO-2, batch 32 a GPU, 32 text tokens" in shown
-    row = next(line for line in shown.splitlines() if "projector or generator" in line)
+    row = next(line for line in shown.splitlines() if "projector, generator" in line)
     assert row.split()[-2:] == ["20,979,712", "851,891,712"]
     command = f"estimate --model tiny --bench {measured} --samples 36000 --gpus 1 --projector vlora"
     assert main(command.split()) == 0
