@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from llava_vlora.errors import VLoRAError
 
 CATEGORIES = ("color", "shape", "digit", "position", "relation", "counting", "existence")
+#: Asked in training where objects lie freely; in tests it belongs to the hard ones.
+TWO_STEP = "two-step relation"
+#: What the hard test of such a size asks.
+HARD_CATEGORIES = ("free position", TWO_STEP, "small digit")
 DIGITS = tuple("0123456789")
 
 
@@ -61,8 +66,10 @@ class SceneSize:
 
     Attributes:
         name: registry name.
-        cells: rows and columns of the object grid.
-        cell_px: side of one grid cell in pixels.
+        family: the size whose vision tower fits, and by whose name a scene's split is decided.
+        layout: ``grid`` if every object has a cell of its own, ``free`` if it lies anywhere.
+        cells: rows and columns of the object grid; of a free layout, of the places in captions.
+        cell_px: side of one grid cell in pixels; an object has as much room in either layout.
         patch_px: patch side of the matching CLIP tower in pixels.
         regions: rows and columns of named regions ("top left"), divides ``cells``.
         min_objects: fewest objects in a scene.
@@ -74,6 +81,8 @@ class SceneSize:
     """
 
     name: str
+    family: str
+    layout: Literal["grid", "free"]
     cells: int
     cell_px: int
     patch_px: int
@@ -84,6 +93,16 @@ class SceneSize:
     shapes: tuple[str, ...]
     turns: int
     recipe: TrainingRecipe
+
+    @property
+    def tower(self) -> str:
+        """Folder of the vision tower among the package's assets."""
+        return f"clip_{self.family}"
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """What training asks about."""
+        return CATEGORIES if self.layout == "grid" else (*CATEGORIES, TWO_STEP)
 
     @property
     def image_px(self) -> int:
@@ -99,9 +118,12 @@ class SceneSize:
 _COLORS = ("red", "green", "blue", "yellow", "purple", "white")
 _SHAPES = ("circle", "square", "triangle", "cross")
 
-SIZES: dict[str, SceneSize] = {
+#: The sizes that have a vision tower of their own.
+GRIDS: dict[str, SceneSize] = {
     "small": SceneSize(
         name="small",
+        family="small",
+        layout="grid",
         cells=4,
         cell_px=14,
         patch_px=14,
@@ -132,6 +154,8 @@ SIZES: dict[str, SceneSize] = {
     ),
     "full": SceneSize(
         name="full",
+        family="full",
+        layout="grid",
         cells=6,
         cell_px=28,
         patch_px=14,
@@ -160,6 +184,12 @@ SIZES: dict[str, SceneSize] = {
             skip_layers=1,
         ),
     ),
+}
+
+#: All sizes; a ``-free`` one differs from its family in where objects lie and in what is asked.
+SIZES: dict[str, SceneSize] = {
+    **GRIDS,
+    **{f"{n}-free": replace(s, name=f"{n}-free", layout="free") for n, s in GRIDS.items()},
 }
 
 
