@@ -168,7 +168,8 @@ class _Seen:
             return low
         core = self._fit(self.core, low)
         if core.ndim == 2 or low.ndim != 3:
-            return (low.unflatten(-1, (types, -1)) @ core).flatten(-2)
+            apart = low.reshape(*low.shape[:-1], types, -1)
+            return (apart @ core).flatten(-2)
         rows, length, width = low.shape
         apart = low.view(rows, length * types, width // types)
         return torch.bmm(apart, core).view(rows, length, width)

@@ -148,7 +148,7 @@ class Grid:
 
     def back(self, shares: Tensor) -> Tensor:
         """What each vector has, ``[..., vectors]``, given to the patches of its stride, ``[..., patches]``."""
-        first, cells = shares.split([self.rest, self.across**2], dim=-1)
+        first, cells = torch.split_with_sizes(shares, [self.rest, self.across**2], dim=-1)
         square = cells.unflatten(-1, (self.across, self.across))
         for dim in (-2, -1):
             square = square.repeat_interleave(self.stride, dim=dim)
@@ -348,12 +348,14 @@ class FastWeightsGenerator(Generator):
 
     def _vectors(self, features: Tensor) -> Tensor:
         normed = self.norm_in(self.checked(features))
-        first, patches = normed.split([self.grid.rest, self.grid.side**2], dim=1)
+        sizes = [self.grid.rest, self.grid.side**2]
+        first, patches = torch.split_with_sizes(normed, sizes, dim=1)
+        places: Tensor
         if self.config.positions == "learned":
             places = self.places
         else:
             places = grid_positions(self.grid.across, self.config.dim).to(normed)
-        x = self.gather(self.grid.windows(patches)) + places
+        x: Tensor = self.gather(self.grid.windows(patches)) + places
         if self.grid.rest:
             x = torch.cat([self.whole(first), x], dim=1)
         for block in self.blocks:
