@@ -13,6 +13,7 @@ Shapes: B images, V patches, P vectors, D width, K injected layers, I/O input an
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -157,11 +158,17 @@ class Grid:
         return torch.cat([first, square.flatten(-2)], dim=-1)
 
 
+@functools.cache
 def grid_positions(across: int, dim: int) -> Tensor:
     """Sine and cosine of row and column, ``[across * across, dim]``, each number of unit size.
 
     Wavelengths run geometrically from 4 vectors to 4 times the side, so that neighbours differ and no two places agree.
     """
+    with torch.inference_mode(False), torch.device("cpu"):  # kept for calls of any kind and on any device
+        return _waves(across, dim)
+
+
+def _waves(across: int, dim: int) -> Tensor:
     count = -(-dim // 4)
     span = torch.linspace(0, 1, count) if count > 1 else torch.zeros(1)
     rates = math.pi / 2 * float(max(across, 1)) ** -span
