@@ -304,7 +304,8 @@ def test_fast_weights_at_7b() -> None:
     assert fast["flops"]["low_rank"] == 64 * 2 * 8 * 2 * d * (h + d + h)
     trunk = p * 1024 * 16 * d + 2 * (p * 12 * d * d + 2 * p * p * d) + p * d + p * d * d
     assert fast["flops"]["connector"] == 2 * trunk
-    assert fast["bytes"]["connector"] / 2 == pytest.approx(2 * 8 * 2 * h * d, rel=0.2) < 200e6
+    learned = 2 * 8 * 2 * h * d
+    assert learned < fast["bytes"]["connector"] / 2 < learned + 10e6 < 200e6
 
 
 class Toy(FastWeightsGenerator):
@@ -327,9 +328,10 @@ def toy() -> Iterator[None]:
 
 @pytest.mark.usefixtures("toy")
 def test_a_third_kind_of_generator_has_its_column(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     target = tmp_path / "cost.json"
+    monkeypatch.setenv("COLUMNS", "120")
     assert main(["cost", "--json", str(target), "--figure", str(tmp_path / "cost.png")]) == 0
     shown = capsys.readouterr().out
     assert "Toy of mine: vo in 8 of 32 layers, dim 256" in shown

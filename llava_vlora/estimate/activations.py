@@ -70,10 +70,13 @@ def activations(shape: Shape, projector: str, plan: Plan) -> Activations:
     tokens = plan.text_tokens + (0 if settings else vision.patches)
     n, e = plan.batch * tokens, plan.width
     layer = _layer(plan, language, n)
-    # Casts of the connector's float32 weights, which autocast keeps for the backward pass.
+    # Casts of the connector's float32 weights, which autocast keeps for the backward pass; checkpointed layers do not.
     casts = 0
     if plan.autocast:
         casts = e * sum(connector_parameters(shape, projector).values())
+        if settings is not None and plan.checkpointing:
+            widths = language.decoder_shape(settings.types)
+            casts -= e * KINDS[settings.kind].generator.shared_values(settings, widths)
     if settings is None:
         connector = e * plan.batch * vision.patches * (vision.width + 2 * language.width)
         factors = 0

@@ -144,6 +144,11 @@ class Generator(nn.Module, ABC):
         """Numbers that differ between images in the weights of one image."""
 
     @classmethod
+    def shared_values(cls, config: Any, shape: DecoderShape) -> int:
+        """Numbers in the learned factors that all images share, which decoder layers cast when they compute."""
+        return 0
+
+    @classmethod
     @abstractmethod
     def kept_values(
         cls, config: Any, shape: DecoderShape, visual_dim: int, num_patches: int

@@ -430,6 +430,12 @@ class FastWeightsGenerator(Generator):
         return config.dim**2
 
     @classmethod
+    def shared_values(cls, config: FastWeightsConfig, shape: DecoderShape) -> int:
+        """Numbers in U and W."""
+        widths = sum(shape.in_features[t] + shape.out_features[t] for t in config.types)
+        return len(config.layers(shape.num_layers)) * config.dim * widths
+
+    @classmethod
     def kept_values(
         cls, config: FastWeightsConfig, shape: DecoderShape, visual_dim: int, num_patches: int
     ) -> int:

@@ -299,6 +299,12 @@ class PerceptualWeightsGenerator(Generator):
         return len(config.layers(shape.num_layers)) * config.rank * sum(generated.values())
 
     @classmethod
+    def shared_values(cls, config: VLoRAConfig, shape: DecoderShape) -> int:
+        """Numbers in the learned factors."""
+        _, shared = _widths(config, shape)
+        return len(config.layers(shape.num_layers)) * config.rank * sum(shared.values())
+
+    @classmethod
     def kept_values(
         cls, config: VLoRAConfig, shape: DecoderShape, visual_dim: int, num_patches: int
     ) -> int:
