@@ -84,6 +84,10 @@ class FastWeightsConfig(GeneratorConfig):
                 f"vlora_positions {self.positions!r} is unknown; valid: {listing(get_args(Positions))}."
             )
 
+    def spelt_out(self) -> FastWeightsConfig:
+        """The same settings with alpha spelt out."""
+        return replace(self, alpha=1.0 if self.alpha is None else float(self.alpha))
+
     def resolved(self, num_patches: int) -> FastWeightsConfig:
         """The settings with the window and the stride that images of so many patches get."""
         stride = self.stride

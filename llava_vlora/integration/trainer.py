@@ -239,7 +239,7 @@ class ResumableTrainer(LLaVATrainer):
 
     @contextmanager
     def _without_frozen_weights(self) -> Iterator[None]:
-        """A projector that trains alone leaves the language model as it was: neither transformers nor DeepSpeed need write it."""
+        """Where the projector trains alone, neither transformers nor DeepSpeed need write the language model."""
         self.save_model = lambda folder, **_: Path(folder).mkdir(parents=True, exist_ok=True)
         engine = self.model_wrapped if self.is_deepspeed_enabled else None
         if engine is not None:

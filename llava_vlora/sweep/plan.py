@@ -26,7 +26,7 @@ Kind = Literal["pretrain", "finetune", "evaluate", "blind"]
 _FILES = ("data_path", "deepspeed", "pretrain_mm_mlp_adapter", "vlora_prune_mask")
 _MODELS = ("model_name_or_path", "vision_tower", "vlora_features")
 #: Flags after which a folder holds only part of a model.
-_PARTIAL = ("lora_enable", "tune_mm_mlp_adapter")
+_PARTIAL = ("lora_enable", "tune_mm_mlp_adapter", "vlora_freeze_llm")
 
 
 @dataclass(frozen=True)
