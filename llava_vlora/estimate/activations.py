@@ -70,13 +70,7 @@ def activations(shape: Shape, projector: str, plan: Plan) -> Activations:
     tokens = plan.text_tokens + (0 if settings else vision.patches)
     n, e = plan.batch * tokens, plan.width
     layer = _layer(plan, language, n)
-    # Casts of the connector's float32 weights, which autocast keeps for the backward pass; checkpointed layers do not.
-    casts = 0
-    if plan.autocast:
-        casts = e * sum(connector_parameters(shape, projector).values())
-        if settings is not None and plan.checkpointing:
-            widths = language.decoder_shape(settings.types)
-            casts -= e * KINDS[settings.kind].generator.shared_values(settings, widths)
+    casts = _casts(shape, projector, plan) if plan.autocast else 0
     if settings is None:
         connector = e * plan.batch * vision.patches * (vision.width + 2 * language.width)
         factors = 0
@@ -146,6 +140,19 @@ def _generator(settings: GeneratorConfig, vision: VisionShape, language: Languag
     shape = language.decoder_shape(settings.types)
     made_by = KINDS[settings.kind].generator
     return made_by.kept_values(settings, shape, vision.width, vision.patches)
+
+
+def _casts(shape: Shape, projector: str, plan: Plan) -> int:
+    """Casts that autocast keeps for the backward pass: of float32 weights, and of what a generator casts again."""
+    numbers = sum(connector_parameters(shape, projector).values())
+    settings = shape.generators.get(projector)
+    if settings is not None:
+        language, vision = language_shape(shape.language), vision_shape(shape.vision)
+        made_by, widths = KINDS[settings.kind].generator, language.decoder_shape(settings.types)
+        numbers += plan.batch * made_by.cast_values(settings, widths, vision.width, vision.patches)
+        if plan.checkpointing:  # those of the decoder layers stay inside them
+            numbers -= made_by.shared_values(settings, widths)
+    return plan.width * numbers
 
 
 def _tower(plan: Plan, vision: VisionShape) -> int:

@@ -156,6 +156,13 @@ class Generator(nn.Module, ABC):
         """Numbers that training keeps of one image for the backward pass of the generator, weights left out."""
 
     @classmethod
+    def cast_values(
+        cls, config: Any, shape: DecoderShape, visual_dim: int, num_patches: int
+    ) -> int:
+        """Numbers in half precision that autocast keeps of an image besides: casts that no later product finds."""
+        return 0
+
+    @classmethod
     @abstractmethod
     def kept_token_values(cls, config: Any, shape: DecoderShape) -> int:
         """Numbers that training keeps of a token for the low-rank paths of one injected layer, inputs left out."""

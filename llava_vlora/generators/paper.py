@@ -320,6 +320,14 @@ class PerceptualWeightsGenerator(Generator):
         return num_patches * (visual_dim + dim) + groups * config.depth * block
 
     @classmethod
+    def cast_values(
+        cls, config: VLoRAConfig, shape: DecoderShape, visual_dim: int, num_patches: int
+    ) -> int:
+        """Every block casts the patches anew."""
+        groups = len(config.types) if config.separate else 1
+        return groups * config.depth * num_patches * config.dim
+
+    @classmethod
     def kept_token_values(cls, config: VLoRAConfig, shape: DecoderShape) -> int:
         """Numbers kept of a token in an injected layer."""
         return config.rank * len(config.types)
