@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the figures of README.md, docs/serving.md and docs/ima.md from committed results: none is typed by hand.
+"""Write the figures of README.md and of pages in docs/ from committed results: none is typed by hand.
 
 scripts/update_readme.py [--demo RUN] [--bench FILE]
 
@@ -21,6 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
+import experiment_blocks  # noqa: E402
 import ima_blocks  # noqa: E402
 
 from llava_vlora.bench import training_summary as training  # noqa: E402
@@ -220,6 +221,10 @@ BLOCKS: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "training": ("README.md", lambda: training_block(_read(TRAIN))),
     "quantised": ("docs/serving.md", quantised_block),
     **{mark: ("docs/ima.md", block) for mark, block in ima_blocks.BLOCKS.items()},
+    **{
+        file.stem: ("docs/experiments.md", lambda f=file: experiment_blocks.block(_read(f)))
+        for file in sorted(RESULTS.glob("experiments-*.json"))
+    },
 }
 
 

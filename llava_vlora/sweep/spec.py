@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -54,6 +54,8 @@ class Evaluating:
     launcher: tuple[str, ...]
     limit: int | None = None
     blind: bool = False
+    blind_of: tuple[str, ...] = ()
+    """Variants that are also asked blind; all without any."""
     conv_mode: str = "vicuna_v1"
     batch_size: int | None = None
     bits: int | None = None
@@ -117,7 +119,12 @@ def read_spec(file: Path, known: Mapping[str, ReadFlag], *, out: Path | None = N
         launcher=launcher,
         trainer=keys["trainer"].text("trainer") if "trainer" in keys else "llava.train.train",
         scenes=scenes,
-        evaluate=_evaluating(keys["evaluate"], launcher, scenes.root(root) if scenes else None),
+        evaluate=_evaluating(
+            keys["evaluate"],
+            launcher,
+            scenes.root(root) if scenes else None,
+            [variant.name for variant in variants],
+        ),
         seeds=_seeds(keys["seeds"]) if "seeds" in keys else (0,),
         variants=tuple(variants),
         blocks=tuple(blocks),
@@ -210,7 +217,9 @@ def _meant(kind: Kind, flags: Mapping[str, object]) -> GeneratorConfig:
     return kind.config.from_keys(flags, where="The recipe").spelt_out()
 
 
-def _evaluating(item: Item, launcher: tuple[str, ...], made: Path | None) -> Evaluating:
+def _evaluating(
+    item: Item, launcher: tuple[str, ...], made: Path | None, variants: Sequence[str]
+) -> Evaluating:
     keys = item.mapping("`evaluate`", _EVALUATE)
     if "benchmarks" not in keys:
         raise item.error("`evaluate` needs `benchmarks`, such as [pope, scienceqa].")
@@ -224,6 +233,14 @@ def _evaluating(item: Item, launcher: tuple[str, ...], made: Path | None) -> Eva
             raise one.error(str(error)) from error
     if len({name for _, name in names}) < len(names):
         raise keys["benchmarks"].error("`benchmarks` has a name twice.")
+    blind_of: tuple[str, ...] = ()
+    if "blind" in keys and keys["blind"].is_list:
+        listed = keys["blind"].items("`blind`")
+        unknown = [one for one in listed if one.text("a variant") not in variants]
+        if unknown:
+            name = unknown[0].text("a variant")
+            raise unknown[0].error(f"`blind`: no variant {name!r}; valid: {listing(variants)}.")
+        blind_of = tuple(one.text("a variant") for one in listed)
     if "launcher" in keys:
         launcher = _words(keys["launcher"])
     elif "torchrun" not in launcher:
@@ -232,7 +249,8 @@ def _evaluating(item: Item, launcher: tuple[str, ...], made: Path | None) -> Eva
         benchmarks=tuple(name for _, name in names),
         data=made or Path(keys["data"].text("data") if "data" in keys else "playground/data/eval"),
         launcher=launcher,
-        blind="blind" in keys and keys["blind"].truth("blind"),
+        blind=bool(blind_of) or ("blind" in keys and keys["blind"].truth("blind")),
+        blind_of=blind_of,
         conv_mode=keys["conv_mode"].text("conv_mode") if "conv_mode" in keys else "vicuna_v1",
         **{n: keys[n].number(n, 1) for n in ("limit", "batch_size", "bits") if n in keys},
     )
