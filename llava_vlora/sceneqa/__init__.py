@@ -6,8 +6,9 @@ from llava_vlora.sceneqa.dataset import (
     load_dataset,
     write_dataset,
 )
+from llava_vlora.sceneqa.folder import write_benchmarks
 from llava_vlora.sceneqa.pope import write_pope
-from llava_vlora.sceneqa.score import accuracy, score
+from llava_vlora.sceneqa.score import score
 from llava_vlora.sceneqa.sizes import (
     CATEGORIES,
     SIZES,
@@ -24,11 +25,11 @@ __all__ = [
     "SceneQAFiles",
     "SceneSize",
     "TrainingRecipe",
-    "accuracy",
     "dataset_files",
     "load_dataset",
     "scene_size",
     "score",
+    "write_benchmarks",
     "write_dataset",
     "write_pope",
 ]
