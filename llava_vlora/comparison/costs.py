@@ -23,8 +23,7 @@ def cost_table(comparison: Comparison) -> list[list[str]]:
     lines = [["", *costs]]
     if not costs:
         return lines
-    most = max(cost["flops"]["first_token"] for cost in costs.values())
-    unit, size = next(((u, s) for u, s in _UNITS if most >= s), _UNITS[-1])
+    unit, size = flops_unit(costs)
 
     def add(title: str, show: Callable[[Cost], str]) -> None:
         lines.append([title, *(show(cost) for cost in costs.values())])
@@ -47,6 +46,12 @@ def cost_table(comparison: Comparison) -> list[list[str]]:
     add("Weights, MiB", lambda c: _mebi(c["memory"]["weights"]))
     add("Peak beyond the weights, MiB", lambda c: _mebi(c["memory"]["peak_beyond_weights"]))
     return lines
+
+
+def flops_unit(costs: Mapping[str, Cost]) -> tuple[str, float]:
+    """Prefix and size of the unit in which the largest count of FLOPs has digits before the point."""
+    most = max(cost["flops"]["first_token"] for cost in costs.values())
+    return next(((unit, size) for unit, size in _UNITS if most >= size), _UNITS[-1])
 
 
 def in_turns(comparison: Comparison) -> bool:

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from ..report.plots import GRID, INK, PALETTE, new_figure
 from .analysis import Comparison
+from .costs import flops_unit, known_costs
 
 _BLIND = ("#999999", "#bbbbbb", "#777777")
 
@@ -86,31 +87,29 @@ def category_plot(comparison: Comparison, benchmark: Mapping[str, Any]) -> Figur
 
 def tradeoff_plot(comparison: Comparison) -> Figure:
     """Mean credit over the scored benchmarks against FLOPs and time to the first token."""
-    figure, panels = new_figure(10.5, 3.6, 2)
-    points = tradeoff(comparison)
-    shown = colors(comparison)
-    axes_names = ("GFLOPs to the first token", "Milliseconds to the first token")
-    for axes, name, index in zip(panels, axes_names, (0, 1), strict=True):
+    figure, panels = new_figure(10.5, 3.8, 2)
+    points, shown = tradeoff(comparison), colors(comparison)
+    unit, size = flops_unit(known_costs(comparison))
+    names = (f"{unit}FLOPs to the first token", "Milliseconds to the first token")
+    for axes, name, index, scale in zip(panels, names, (0, 1), (size, 1e-3), strict=True):
         for label, costs, mean in points:
             cost = costs[index]
-            if cost is None:
-                continue
-            axes.plot(cost, mean, "o", color=shown[label], markersize=9)
-            axes.annotate(
-                label, (cost, mean), xytext=(0, 9), textcoords="offset points", ha="center"
-            )
+            if cost is not None:
+                named = label if index == 0 else None
+                axes.plot(cost / scale, mean, "o", color=shown[label], markersize=9, label=named)
         axes.set_xlabel(name)
         axes.set_xlim(left=0)
         axes.margins(x=0.2)
-        axes.set_ylim(0, 110)
+        axes.set_ylim(0, 105)
     panels[0].set_ylabel("Mean credit over benchmarks, %")
+    figure.legend(loc="outside upper center", ncols=min(5, len(points)), frameon=False)
     return figure
 
 
 def tradeoff(
     comparison: Comparison,
 ) -> Sequence[tuple[str, tuple[float | None, float | None], float]]:
-    """Of each row with known cost: its label, GFLOPs and milliseconds, and its mean over the benchmarks all share."""
+    """Of each row with known cost: its label, FLOPs and seconds, and its mean over the benchmarks all share."""
     labels = comparison["rows"]
     shared = [
         b for b in comparison["benchmarks"] if b["scored"] and all(x in b["rows"] for x in labels)
@@ -123,8 +122,8 @@ def tradeoff(
             continue
         mean = sum(b["rows"][label]["credit"]["mean"] for b in shared) / len(shared)
         if label in comparison["blind"]:
-            points.append((label, (cost["flops_blind"] / 1e9, None), mean))
+            points.append((label, (cost["flops_blind"], None), mean))
         else:
-            known = (cost["flops"]["first_token"] / 1e9, 1e3 * cost["time"]["first_token"])
+            known = (cost["flops"]["first_token"], cost["time"]["first_token"])
             points.append((label, known, mean))
     return points

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -134,12 +132,3 @@ def parameter_counts(loaded: Loaded) -> dict[str, int]:
         "trainable_pretrain": connector,
         "trainable_finetune": every - tower,
     }
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes this process has held so far: of the GPU's allocator, or resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # Linux counts kibibytes, macOS bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

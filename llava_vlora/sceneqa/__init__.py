@@ -6,9 +6,10 @@ from llava_vlora.sceneqa.dataset import (
     load_dataset,
     write_dataset,
 )
+from llava_vlora.sceneqa.folder import write_benchmarks
 from llava_vlora.sceneqa.hard import HardFiles, hard_files
 from llava_vlora.sceneqa.pope import write_pope
-from llava_vlora.sceneqa.score import accuracy, score
+from llava_vlora.sceneqa.score import score
 from llava_vlora.sceneqa.sizes import (
     CATEGORIES,
     HARD_CATEGORIES,
@@ -28,12 +29,12 @@ __all__ = [
     "SceneQAFiles",
     "SceneSize",
     "TrainingRecipe",
-    "accuracy",
     "dataset_files",
     "hard_files",
     "load_dataset",
     "scene_size",
     "score",
+    "write_benchmarks",
     "write_dataset",
     "write_pope",
 ]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llava_vlora.sceneqa.questions import Question
-from llava_vlora.sceneqa.sizes import CATEGORIES, HARD_CATEGORIES, SceneQAError
+from llava_vlora.sceneqa.sizes import CATEGORIES, SceneQAError
 
 
 @dataclass(frozen=True)
@@ -38,34 +38,6 @@ def _normalise(text: str) -> str:
 def score(prediction: str, label: str) -> bool:
     """Whether a prediction is the label, apart from case, punctuation and spacing."""
     return _normalise(prediction) == _normalise(label)
-
-
-def accuracy(
-    predictions: Mapping[int, str], labels: Iterable[Mapping[str, object]]
-) -> dict[str, float]:
-    """Accuracy of every category and "overall", over all labelled questions (fractions of 1).
-
-    Args:
-        predictions: predicted text by question id.
-        labels: rows of the answer file with "question_id", "label" and "category".
-
-    Raises:
-        SceneQAError: if a labelled question has no prediction or there are no labels.
-    """
-    hits: dict[str, list[bool]] = defaultdict(list)
-    for row in labels:
-        identifier = row["question_id"]
-        if not isinstance(identifier, int) or identifier not in predictions:
-            raise SceneQAError(
-                f"no prediction for question {identifier!r}; run the evaluator on all questions"
-            )
-        hit = score(predictions[identifier], str(row["label"]))
-        hits[str(row["category"])].append(hit)
-        hits["overall"].append(hit)
-    if not hits:
-        raise SceneQAError("the answer file has no rows; write the dataset again")
-    order = [c for c in (*CATEGORIES, *HARD_CATEGORIES, "overall") if c in hits]
-    return {category: sum(hits[category]) / len(hits[category]) for category in order}
 
 
 def blind_levels(train: Sequence[Question], test: Sequence[Question]) -> dict[str, BlindLevel]:
