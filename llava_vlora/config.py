@@ -37,7 +37,7 @@ def setting(default: Any, key: str, help: str, *, shape: bool = False) -> Any:
     return field(default=default, metadata={"key": key, "help": help, "shape": shape})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GeneratorConfig:
     """What every generator has: where its weights go. A kind of generator adds its own settings."""
 
@@ -165,7 +165,7 @@ class GeneratorConfig:
             raise ConfigError(f"vlora_alpha must be positive or absent, not {alpha!r}.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VLoRAConfig(GeneratorConfig):
     """Settings of the paper's generator and of where its weights go (paper section 3, defaults of section 4.1)."""
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
+from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..report.plots import GRID, PALETTE, new_figure
+from ..report.plots import GRID, INK, PALETTE, new_figure
 from .analysis import Comparison
 
 _BLIND = ("#999999", "#bbbbbb", "#777777")
@@ -49,6 +50,37 @@ def credit_plot(comparison: Comparison) -> Figure:
     axes.set_xlabel("Mean credit of a question, %")
     axes.set_xlim(0, 100)
     figure.legend(loc="outside upper center", ncols=min(4, len(shown)), frameon=False)
+    return figure
+
+
+def category_plot(comparison: Comparison, benchmark: Mapping[str, Any]) -> Figure:
+    """Mean credit of all rows on each type of question of a benchmark, with 95 % intervals."""
+    types, shown = benchmark["categories"], colors(comparison)
+    rows = [label for label in shown if label in benchmark["rows"]]
+    groups = {
+        **{f"{name}\nn = {found['questions']:,}": found for name, found in types.items()},
+        f"all\nn = {benchmark['scored']:,}": {
+            "rows": {x: benchmark["rows"][x]["credit"]["mean"] for x in rows},
+            "intervals": {x: benchmark["rows"][x]["credit"]["interval"] for x in rows},
+        },
+    }
+    figure, (axes,) = new_figure(10.5, 4.2, 1)
+    width = 0.8 / len(rows)
+    for i, label in enumerate(rows):
+        places = [k + (i + 0.5) * width - 0.4 for k in range(len(groups))]
+        means = [group["rows"][label] for group in groups.values()]
+        ends = [group["intervals"][label] for group in groups.values()]
+        arms = (
+            [max(0.0, m - low) for m, (low, _) in zip(means, ends, strict=True)],
+            [max(0.0, high - m) for m, (_, high) in zip(means, ends, strict=True)],
+        )
+        axes.bar(places, means, width, color=shown[label], label=label, edgecolor="white", lw=0.5)
+        axes.errorbar(places, means, arms, fmt="none", ecolor=INK, elinewidth=1, capsize=2)
+    axes.set_xticks(range(len(groups)), list(groups))
+    axes.axvline(len(groups) - 1.5, color=GRID, lw=1.5)
+    axes.set_ylabel("Mean credit, %")
+    axes.set_ylim(0, 105)
+    figure.legend(loc="outside upper center", ncols=min(5, len(rows)), frameon=False)
     return figure
 
 
