@@ -136,9 +136,7 @@ def test_logits_are_those_of_the_dense_differences(types: str, llm_dir: Path) ->
         )
         # The reference takes factors: delta_W = b a^T with the identity for a.
         pairs = {place: (torch.eye(d.shape[1]).to(d), d) for place, d in deltas.items()}
-        expected = reference.logits(
-            state, config, ids, torch.arange(len(ids)).double(), pairs
-        )
+        expected = reference.logits(state, config, ids, torch.arange(len(ids)).double(), pairs)
         # transformers' norms, softmax and RoPE compute in float32 in a float64 model too.
         torch.testing.assert_close(found[row], expected, rtol=0, atol=1e-4)
         assert (expected - base).abs().max() > 0.1
@@ -384,9 +382,7 @@ def learn(
     """
     torch.manual_seed(0)
     config = FastWeightsConfig(dim=dim, depth=1, heads=4, every=1, types="v", alpha=alpha)
-    generator = FastWeightsGenerator(
-        config, DecoderShape(1, {"v": READ}, {"v": READ}), 32, patches
-    )
+    generator = FastWeightsGenerator(config, DecoderShape(1, {"v": READ}, {"v": READ}), 32, patches)
     generator.train().to(dtype)
     shown = torch.randn(2, KEYS, 32)
     asked, read = torch.randn(KEYS, READ), torch.randn(KEYS, READ) / math.sqrt(READ)
