@@ -95,7 +95,6 @@ class Evaluation:
         return self.label if self.see else f"{self.label}.blind"
 
 
-#: Questions of each benchmark.
 Asked = Mapping[Benchmark, Sequence[Sample]]
 
 
@@ -215,9 +214,9 @@ def _changed(
 
 def _advance(progress: Progress, task: TaskID, name: str, done: int, total: int) -> None:
     """Move the bar; where there is none, and a name, say each tenth for the log."""
-    before = progress.tasks[task].completed
+    tenths = 10 * progress.tasks[task].completed // total
     progress.update(task, completed=done, total=total)
-    if progress.disable and name and 10 * done // total > 10 * before // total:
+    if progress.disable and name and 10 * done // total > tenths:
         progress.console.print(f"{name}: {done} of {total} answered", soft_wrap=True)
 
 
