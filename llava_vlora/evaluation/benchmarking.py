@@ -95,6 +95,7 @@ class Evaluation:
         return self.label if self.see else f"{self.label}.blind"
 
 
+#: Questions of each benchmark.
 Asked = Mapping[Benchmark, Sequence[Sample]]
 
 
@@ -182,8 +183,7 @@ def weights_of(evaluation: Evaluation) -> str:
     Raises:
         ConfigError: The model reads no images, and is to see some.
     """
-    tower = None
-    checkpoint = evaluation.checkpoint
+    tower, checkpoint = None, evaluation.checkpoint
     if checkpoint is not None:
         if evaluation.see and not checkpoint.multimodal:
             raise ConfigError(
@@ -213,7 +213,7 @@ def _changed(
 
 
 def _advance(progress: Progress, task: TaskID, name: str, done: int, total: int) -> None:
-    """Move the bar; where there is none, and a name, say each tenth for the log."""
+    """Move the bar; where there is none, say each tenth of what has a name."""
     tenths = 10 * progress.tasks[task].completed // total
     progress.update(task, completed=done, total=total)
     if progress.disable and name and 10 * done // total > tenths:
