@@ -269,13 +269,12 @@ def _open(
 def _write(
     evaluation: Evaluation, benchmark: Benchmark, samples: Sequence[Sample], score: Score, key: str
 ) -> None:
-    checkpoint = evaluation.checkpoint
     stated: dict[str, Any] = {
         "benchmark": benchmark.name,
         "title": benchmark.title,
         "citation": benchmark.citation,
         "model": {"name": evaluation.label, "path": evaluation.model, "base": evaluation.base},
-        "vlora": checkpoint is not None and checkpoint.vlora,
+        "vlora": bool(evaluation.checkpoint and evaluation.checkpoint.vlora),
         "run": key,
         "variant": None if evaluation.variant is None else evaluation.variant.key,
         "asking": asdict(evaluation.asking(benchmark)) | {"bits": evaluation.bits},
