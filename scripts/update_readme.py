@@ -27,6 +27,7 @@ import ima_blocks  # noqa: E402
 from llava_vlora.bench import training_summary as training  # noqa: E402
 from llava_vlora.bench.calls import SYSTEMS  # noqa: E402
 from llava_vlora.bench.summary import groups, mebibytes, precision, ratio, targets  # noqa: E402
+from llava_vlora.comparison.outputs import headline  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results"
 IMAGES = ROOT / "docs" / "images"
@@ -40,13 +41,23 @@ TRAIN, TRAIN_PLOT = (
 MORE = {name: RESULTS / f"bench-{name}.json" for name in ("1b-cpu-repeat", "7b-cpu-bfloat16")}
 
 
+class Outdated(Exception):
+    """A committed result that these scripts cannot read."""
+
+
 def keep_demo(run: Path) -> None:
-    """Copy a run's report, without its sample images' data, and its main plot into the repository."""
+    """Copy a run's figures, without its samples, losses and this machine's paths, and its main plot."""
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
-    for part in ("samples", "training"):
-        report.pop(part)
-    DEMO.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    shutil.copyfile(run / "plots" / "accuracy.png", DEMO_PLOT)
+    if report["run"]["resumed"]:
+        sys.exit(
+            f"{run} was broken off and went on, so its times say little; run `llava-vlora demo --fresh`."
+        )
+    kept = {part: report[part] for part in ("run", "data", "comparison")}
+    kept["comparison"] = {
+        part: value for part, value in report["comparison"].items() if part not in ("runs", "plan")
+    }
+    DEMO.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    shutil.copyfile(run / "eval" / "plots" / "types-sceneqa.png", DEMO_PLOT)
 
 
 def keep_bench(result: Path) -> None:
@@ -56,33 +67,44 @@ def keep_bench(result: Path) -> None:
 
 
 def demo_block(report: dict[str, Any]) -> list[str]:
-    """Accuracy and cost of the demo."""
-    settings, models = report["run"]["settings"], report["cost"]["models"]
+    """Accuracy and cost of the demo, a column for each model."""
+    if "comparison" not in report:
+        raise Outdated(
+            f"{DEMO.relative_to(ROOT)} is of an older demo; run scripts/demo.sh, then "
+            "scripts/update_readme.py --demo runs/demo"
+        )
+    comparison, run, data = report["comparison"], report["run"], report["data"]
+    labels, costs = comparison["rows"], comparison["costs"]
+    rows = {
+        f"{b['title']}, {b['headline']}, % (95 % interval)": [headline(b, x) for x in labels]
+        for b in comparison["benchmarks"]
+    }
+    for title, show in _DEMO_COSTS.items():
+        rows[title] = [show(costs[label]) if label in costs else "" for label in labels]
     return [
-        f"![Accuracy by question type]({DEMO_PLOT.relative_to(ROOT)})",
+        f"![Right answers by question type]({DEMO_PLOT.relative_to(ROOT)})",
         "",
-        f"`llava-vlora demo`, size {settings['size']}, seed {settings['seed']}: LLaVA and VLoRA trained by LLaVA's "
-        f"own trainer on the same {report['data']['train_images']} rendered scenes, "
-        f"{report['run']['recipe']['pretrain_steps']} + {report['run']['recipe']['finetune_steps']} steps, "
-        f"{report['data']['test_questions']} held-out questions; {report['run']['machine']['cores']} CPU cores, "
-        f"{sum(report['run']['seconds'].values()) / 60:.1f} minutes in all "
+        f"`llava-vlora demo`, size {data['size']}, seed {run['settings']['seed']}: trained by LLaVA's own trainer on "
+        f"the same {data['train_images']:,} rendered scenes, {run['recipe']['pretrain_steps']} + "
+        f"{run['recipe']['finetune_steps']} steps each; {data['test_questions']} questions about scenes held out, and "
+        f"as many scenes for POPE; {run['machine']['cores']} CPU cores, {run['wall_seconds'] / 60:.1f} minutes in all "
         f"([all figures]({DEMO.relative_to(ROOT)})).",
         "",
-        "| | LLaVA | VLoRA | LLaVA, blind |",
-        "|---|---|---|---|",
-        "| exact match, % (95 % interval) | "
-        + " | ".join(_share(report["accuracy"][n]["overall"]) for n in ("llava", "vlora", "blind"))
-        + " |",
-        f"| tokens the language model reads | {models['llava']['sequence']} | {models['vlora']['sequence']} | |",
-        "| time to the first token, ms | "
-        + " | ".join(f"{1000 * models[n]['time']['first_token']:.1f}" for n in ("llava", "vlora"))
-        + " | |",
+        f"| | {' | '.join(labels)} |",
+        "|---" * (1 + len(labels)) + "|",
+        *(f"| {title} | {' | '.join(cells)} |" for title, cells in rows.items()),
     ]
 
 
-def _share(row: dict[str, Any]) -> str:
-    low, high = (100 * row["interval"][side] for side in ("low", "high"))
-    return f"{100 * row['share']:.1f} ({low:.1f} to {high:.1f})"
+_DEMO_COSTS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "tokens the language model reads": lambda c: str(c["sequence"]),
+    "MFLOPs to the first token, of these in the language model": lambda c: (
+        f"{c['flops']['first_token'] / 1e6:.1f}, {c['flops']['prefill'] / 1e6:.1f}"
+    ),
+    "time to the first token, ms": lambda c: f"{1000 * c['time']['first_token']:.1f}",
+    "parameters of projector or generator": lambda c: f"{c['connector']:,}",
+    "kept for an image while decoding, KiB": lambda c: f"{c['image_bytes'] / 1024:.0f}",
+}
 
 
 def bench_block(result: dict[str, Any]) -> list[str]:
@@ -228,19 +250,16 @@ BLOCKS: dict[str, tuple[str, Callable[[], list[str]]]] = {
 }
 
 
-def updated(name: str) -> str:
-    """A document with its figures from the committed results."""
-    text = (ROOT / name).read_text(encoding="utf-8")
-    for mark, (document, block) in BLOCKS.items():
-        if document == name:
-            start, end = f"<!-- {mark}:start -->", f"<!-- {mark}:end -->"
-            head, _, rest = text.partition(start)
-            _, _, tail = rest.partition(end)
-            text = f"{head}{start}\n{chr(10).join(block())}\n{end}{tail}"
-    return text
+def updated(text: str, mark: str) -> str:
+    """A document with the figures of one block from the committed results."""
+    start, end = f"<!-- {mark}:start -->", f"<!-- {mark}:end -->"
+    head, _, rest = text.partition(start)
+    _, _, tail = rest.partition(end)
+    return f"{head}{start}\n{chr(10).join(BLOCKS[mark][1]())}\n{end}{tail}"
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Copy what is given and write all blocks; 1 if a result is outdated, whose block stays as it is."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -251,5 +270,16 @@ if __name__ == "__main__":
         keep_demo(args.demo)
     if args.bench:
         keep_bench(args.bench)
-    for name in dict.fromkeys(document for document, _ in BLOCKS.values()):
-        (ROOT / name).write_text(updated(name), encoding="utf-8")
+    code = 0
+    for mark, (name, _) in BLOCKS.items():
+        file = ROOT / name
+        try:
+            file.write_text(updated(file.read_text(encoding="utf-8"), mark), encoding="utf-8")
+        except Outdated as error:
+            print(f"{name}, {mark}: {error}", file=sys.stderr)
+            code = 1
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
