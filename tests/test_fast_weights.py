@@ -369,7 +369,7 @@ def test_keys_round_trip() -> None:
 
 # --- learning ----------------------------------------------------------------------------------------
 
-KEYS, READ = 8, 64
+KEYS, READ = 4, 64
 
 
 def learn(
@@ -377,7 +377,7 @@ def learn(
 ) -> list[float]:
     """Losses of 50 steps of a task of binding, at a rate of 1e-3.
 
-    Each quarter of an image shows a key and a value, both one of 8, behind some noise; a hidden state asks for a key,
+    Each quarter of an image shows a key and a value, both one of 4, behind some noise; a hidden state asks for a key,
     and what the weights write to it is read by a frozen linear layer, which should tell the value.
     """
     torch.manual_seed(0)
@@ -392,8 +392,8 @@ def learn(
     optimizer = torch.optim.Adam(generator.parameters(), lr=1e-3)
     losses = []
     for _ in range(50):
-        key = torch.stack([torch.randperm(KEYS)[:4] for _ in range(8)])
-        value = torch.randint(KEYS, (8, 4))
+        key = torch.stack([torch.randperm(KEYS) for _ in range(8)])
+        value = torch.randint(KEYS, (8, KEYS))
         image = (shown[0, key] + shown[1, value])[:, quarter]
         weights = generator(image + 0.3 * torch.randn_like(image))
         factor, core = weights.factors["v"], weights.core
@@ -410,3 +410,27 @@ def learn(
 def end(losses: list[float]) -> float:
     """The mean of the last five losses."""
     return sum(losses[-5:]) / 5
+
+
+#: The loss of answers that ignore the image, and what 50 steps should bring it below.
+CHANCE, LEARNT = math.log(KEYS), 0.6 * math.log(KEYS)
+
+
+@pytest.mark.parametrize(
+    ("patches", "dim"),
+    [(16, 128), (16, 256), (16, 512), (144, 128), (144, 256), (576, 128), (576, 256)],
+)
+def test_fifty_steps_lower_the_loss_at_any_size(patches: int, dim: int) -> None:
+    losses = learn(patches, dim)
+    assert losses[0] > 0.9 * CHANCE
+    assert end(losses) < LEARNT
+
+
+@pytest.mark.parametrize("alpha", [100.0, 0.01])
+def test_a_scale_that_is_far_off_learns_nothing(alpha: float) -> None:
+    """Otherwise the test above could not fail."""
+    assert end(learn(144, 256, alpha)) > 0.8 * CHANCE
+
+
+def test_it_trains_in_bfloat16() -> None:
+    assert end(learn(16, 128, dtype=torch.bfloat16)) < LEARNT
