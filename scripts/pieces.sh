@@ -4,18 +4,20 @@
 #   SHAPE    another shape, such as tiny, to try the script
 #   RESULTS  where results go (default: docs/results), IMAGES  where figures go (default: docs/images)
 #   PYTHON   default: .venv/bin/python, or the python on the PATH
+#   PATIENCE multiplies the time limits, for a slow machine
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 RESULTS=${RESULTS:-docs/results}
 IMAGES=${IMAGES:-docs/images}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
+PATIENCE=${PATIENCE:-1}
 FAILED=()
 mkdir -p "$RESULTS" "$IMAGES"
 
 # keep SECONDS NAME COMMAND...: run a benchmark for SECONDS at most; its JSON becomes RESULTS/NAME.json and its figure
 # IMAGES/NAME.png.
 keep() {
-    local limit=$1 name=$2 folder
+    local limit=$(($1 * PATIENCE)) name=$2 folder
     shift 2
     folder=$(mktemp -d)
     echo "== $name: $*"
@@ -29,7 +31,7 @@ keep() {
 
 # limited SECONDS NAME COMMAND...: run a command that writes its own result.
 limited() {
-    local limit=$1 name=$2
+    local limit=$(($1 * PATIENCE)) name=$2
     shift 2
     echo "== $name: $*"
     timeout "$limit" "$@" || failed "$name" "$limit"

@@ -45,7 +45,7 @@ def test_an_unknown_piece_is_named(script: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_gpu_pieces_on_a_cpu_go_on_after_one_that_fails(tmp_path: Path) -> None:
-    out = {"RESULTS": str(tmp_path), "IMAGES": str(tmp_path)}
+    out = {"RESULTS": str(tmp_path), "IMAGES": str(tmp_path), "PATIENCE": "20"}
     done = run("gpu_results.sh", "flash", "sparse", DEVICE="cpu", SHAPE="nosuch", **out)
     assert done.returncode == 1
     assert "FAILED: cpu-flash\nFAILED: cpu-sparse" in done.stderr
