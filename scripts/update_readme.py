@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the figures of README.md, docs/serving.md and docs/ima.md from committed results: none is typed by hand.
+"""Write the figures of README.md and of pages in docs/ from committed results: none is typed by hand.
 
 scripts/update_readme.py [--demo RUN]
 
@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
 import bench_blocks  # noqa: E402
+import experiment_blocks  # noqa: E402
 import ima_blocks  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results"
@@ -78,6 +79,10 @@ BLOCKS: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "demo": ("README.md", lambda: demo_block(_read(DEMO))),
     **bench_blocks.BLOCKS,
     **{mark: ("docs/ima.md", block) for mark, block in ima_blocks.BLOCKS.items()},
+    **{
+        file.stem: ("docs/experiments.md", lambda f=file: experiment_blocks.block(_read(f)))
+        for file in sorted(RESULTS.glob("experiments-*.json"))
+    },
 }
 
 

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt", "ignore:Merge lor
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 QUANTISES = importlib.util.find_spec("bitsandbytes") is not None
 needs_bits = pytest.mark.skipif(not QUANTISES, reason="bitsandbytes is not installed on this stack")
-QUANTISED = ["vlora-4", "vlora-8", "vlora-4-bf16", "mlp-4", "mlp-8-bf16"]
+QUANTISED = ["vlora-4", "vlora-8", "fast-4-bf16", "mlp-4", "mlp-8-bf16"]
 LORA = {"lora_enable": True, "lora_r": 4, "mm_projector_lr": 2e-3, "mm_vision_dtype": "float32"}
 
 #: Writes into a file what a run trained and what it left alone.
@@ -65,7 +65,7 @@ def flags_of(name: str) -> tuple[str, dict[str, Any]]:
     flags: dict[str, Any] = {"bits": int(bits)}
     if more:
         flags |= {"bf16": True, "gradient_checkpointing": True}
-    return {"vlora": "vlora", "mlp": "mlp2x_gelu"}[short], flags
+    return {"vlora": "vlora", "fast": "vlora_fast", "mlp": "mlp2x_gelu"}[short], flags
 
 
 @pytest.fixture(scope="module")

@@ -1,129 +1,65 @@
-"""Answer files, LLaVA's POPE scorer, and a report built from a run folder whose outcome is known."""
+"""LLaVA's POPE scorer, files, and the report of a demo's folder whose outcome is known."""
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from llava_vlora.demo.plan import ANSWERS, PROJECTORS, STAGES, RunFolder
+from llava_vlora.comparison.results import TITLES
+from llava_vlora.demo.heat import peak_over_even
+from llava_vlora.demo.pipeline import LAYOUT
+from llava_vlora.demo.plan import STAGES, RunFolder, models
+from llava_vlora.demo.report import build_report
+from llava_vlora.demo.summary import next_commands, print_summary
 from llava_vlora.errors import DataError
-from llava_vlora.evaluation.cost import CONVENTION, LanguageShape, VisionShape, answer_cost
-from llava_vlora.evaluation.files import (
-    Question,
-    read_answers,
-    read_questions,
-    read_rows,
-    write_answers,
-    write_json,
-    write_text,
-)
-from llava_vlora.evaluation.pope import ScorerError, parse_pope, score_files
-from llava_vlora.evaluation.scoring import accuracies, comparisons, is_correct
-from llava_vlora.report.build import build_report
-from llava_vlora.report.collect import findings, format_p
-from llava_vlora.report.heat import mean_over_types, peak_over_even
-from llava_vlora.report.summary import print_summary
+from llava_vlora.evaluation.files import read_rows, write_json, write_text
+from llava_vlora.evaluation.pope import ScorerError, parse_pope, pope_score
+from llava_vlora.evaluation.statistics import format_p
 from llava_vlora.sceneqa import write_dataset
+from tests.test_compare import write_scores
 
 pytestmark = pytest.mark.one_stack
-
-QUESTIONS = [Question(i, f"{i // 2}.png", "How many?", "ab"[i % 2]) for i in range(6)]
 
 
 # --- files ------------------------------------------------------------------------------------------
 
 
-def test_answers_come_back_in_the_order_asked_for(tmp_path: Path) -> None:
-    path = tmp_path / "answers.jsonl"
-    write_answers(path, QUESTIONS, list("uvwxyz"), "tiny")
-    rows = read_answers(path, [4, 0, 1, 2, 3, 5])
-    assert [row["text"] for row in rows] == list("yuvwxz")
-    assert set(rows[0]) == {*("question_id", "prompt", "text", "answer_id", "model_id", "metadata")}
-    assert [row["text"] for row in read_answers(path, [2], others=True)] == ["w"]
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([{"question_id": 1, "text": "a"}], r"1 without an answer \(2\)"),
-        ([{"question_id": i, "text": "a"} for i in (1, 2, 9)], r"1 answers to other .*\(9\)"),
-        ([{"question_id": i, "text": "a"} for i in (1, 2, 2)], "1 given twice"),
-        ([{"question_id": 1}, {"question_id": 2}], "line 1: lacks 'text'"),
-    ],
-)
-def test_answers_that_do_not_fit_are_refused(
-    tmp_path: Path, rows: list[dict[str, object]], message: str
-) -> None:
-    path = tmp_path / "answers.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match=message):
-        read_answers(path, [1, 2])
-
-
 def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
-    path = tmp_path / "questions.jsonl"
-    with pytest.raises(DataError, match=r"questions\.jsonl is missing"):
-        read_questions(path)
-    path.write_text('{"question_id": 1')
+    path = tmp_path / "answers.jsonl"
+    with pytest.raises(DataError, match=r"answers\.jsonl is missing"):
+        read_rows(path, ("text",))
+    path.write_text('{"text": 1')
     with pytest.raises(DataError, match="line 1: not valid JSON"):
-        read_questions(path)
-    row = json.dumps({"question_id": 1, "image": "a.png", "text": "?", "category": "a"})
-    path.write_text(f"{row}\n{row}\n")
-    with pytest.raises(DataError, match="two with the same question_id"):
-        read_questions(path)
+        read_rows(path, ("text",))
+    path.write_text('{"text": 1}\n{"question_id": 1}\n')
+    with pytest.raises(DataError, match="line 2: lacks 'text'"):
+        read_rows(path, ("text",))
 
 
-# --- scores -----------------------------------------------------------------------------------------
+def test_files_are_written_whole(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "file.txt"
+    write_text(path, "first")
+    write_text(path, "second")
+    assert path.read_text() == "second"
+    assert [entry.name for entry in path.parent.iterdir()] == ["file.txt"]
 
 
-def test_accuracies_and_comparisons_of_a_case_worked_by_hand() -> None:
-    hits = {
-        "first": is_correct(list("aaaaaa"), ["A", "a.", "b", "a", "a", "a"]),
-        "second": is_correct(list("aaaaaa"), ["a", "b", "b", "b", "b", "a"]),
-    }
-    rows = accuracies(QUESTIONS, hits["first"])
-    assert {name: (row.correct, row.total) for name, row in rows.items()} == {
-        "a": (2, 3),
-        "b": (3, 3),
-        "overall": (5, 6),
-    }
-    (pair,) = comparisons(QUESTIONS, hits, seed=0)
-    assert pair.difference == pytest.approx(3 / 6)
-    assert (pair.test.only_first, pair.test.only_second) == (3, 0)
-    assert pair.test.p_value == pytest.approx(2 * 0.5**3)
+# --- LLaVA's POPE scorer ----------------------------------------------------------------------------
 
 
-def write_pope(folder: Path, labels: dict[int, str]) -> Path:
-    annotations = folder / "pope"
-    annotations.mkdir()
-    rows = [{"question_id": i, "label": label} for i, label in labels.items()]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (annotations / "coco_pope_scene.json").write_text(lines)
-    return annotations
-
-
-def test_llavas_pope_scorer_gets_answers_in_order_and_may_divide_by_zero(tmp_path: Path) -> None:
-    labels = {4: "yes", 7: "no", 9: "no", 2: "yes"}
-    annotations = write_pope(tmp_path, labels)
-    answers = tmp_path / "answers.jsonl"
-    given = {2: "Yes, there is.", 3: "red", 4: "no", 7: "No", 9: "yes"}
-    asked = [Question(i, "", "", "") for i in given]
-    write_answers(answers, asked, list(given.values()), "tiny")
-    score = score_files(annotations, answers)
+def test_llavas_pope_scorer_may_divide_by_zero() -> None:
+    labels = ["yes", "no", "no", "yes"]
+    score = pope_score(labels, ["no", "No", "yes", "Yes, there is."])
     counts = (score.true_positive, score.false_positive, score.true_negative, score.false_negative)
     assert counts == (1, 1, 1, 1)
     assert (score.accuracy, score.precision, score.recall, score.f1) == (0.5, 0.5, 0.5, 0.5)
-    write_answers(answers, asked, ["no"] * 5, "tiny")
-    never_yes = score_files(annotations, answers)
+    never_yes = pope_score(labels, ["no"] * 4)
     assert (never_yes.accuracy, never_yes.precision, never_yes.yes_ratio) == (0.5, None, 0.0)
-    write_answers(answers, asked[1:], ["no"] * 4, "tiny")
-    with pytest.raises(DataError, match="1 without an answer"):
-        score_files(annotations, answers)
 
 
 def test_output_that_stops_after_the_counts_still_has_an_accuracy() -> None:
@@ -138,73 +74,74 @@ def test_output_without_counts_is_no_score() -> None:
 
 # --- the report -------------------------------------------------------------------------------------
 
+#: Of ten questions about five images.
+CREDIT: dict[str, list[float]] = {
+    "llava": [1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+    "vlora": [1, 1, 1, 1, 1, 0, 0, 0, 0, 0],
+    "vlora_fast": [1] * 10,
+    "llava.blind": [0] * 10,
+}
+LABELS = ["LLaVA", "VLoRA", "VLoRA fast", "LLaVA, blind"]
+
 
 def write_run(root: Path) -> RunFolder:
-    """A finished run in which LLaVA is always right, VLoRA mostly and the blind baseline never."""
+    """A finished run in which fast weights are always right and the blind row never."""
     folder = RunFolder(root)
-    write_dataset(root / "data", "small", 0, train_images=3, test_images=12)
-    questions = read_questions(folder.files.test_questions)
-    labels = [str(r["label"]) for r in read_rows(folder.files.test_answers, ("label",))]
-    texts = {
-        "llava": labels,
-        "vlora": [label if i % 5 else "<b>?</b>" for i, label in enumerate(labels)],
-        "blind": ["nothing"] * len(labels),
-    }
-    pope = {
-        name: {"accuracy": 0.5, "recall": None, "f1": None, "precision": None, "yes_ratio": 0.0}
-        for name in ANSWERS
-    }
-    for name in ANSWERS:
-        write_answers(folder.answers(name), questions, texts[name], name)
-        check = {"batch_size": 8, "checked": 4, "same_as_batch_of_one": 4}
-        write_json(folder.answers(name).with_suffix(".check.json"), check)
-    write_json(folder.pope, pope)
-    for model in PROJECTORS:
-        write_json(
-            folder.memory(model), {"before_load": 100, "after_load": 200, "after_answer": 300}
-        )
+    files = write_dataset(folder.data / "sceneqa", "small", 0, train_images=3, test_images=5)
+    chosen = [m for m in models() if m.name in CREDIT]
+    write_scores(folder.eval, CREDIT, "sceneqa")
+    for i in range(5):
+        (files.image_folder / f"test_{i:06d}.png").rename(files.image_folder / f"{i}.jpg")
+    write_json(folder.eval / TITLES, {m.name: m.title for m in chosen})
+    for number, model in enumerate(chosen):
+        write_json(folder.eval / f"{model.name}.cost.json", cost(number, [m.name for m in chosen]))
         for stage in STAGES:
-            history = [{"step": i, "loss": 3.0 / i} for i in (1, 2, 3)]
-            history.append({"step": 3, "train_runtime": 2.0, "train_samples_per_second": 8.0})
-            state = folder.checkpoint(model, stage) / "trainer_state.json"
+            history: list[dict[str, Any]] = [{"step": i, "loss": 3.0 / i} for i in (1, 2, 3)]
+            state = folder.checkpoint(model.name, stage) / "trainer_state.json"
             write_json(state, {"log_history": history})
-    write_json(folder.measurements, measurements())
-    attention = [[[1 / 16] * 16 for _ in range(2)] for _ in range(5)]
-    samples = [{"question_id": q.id, "look": attention} for q in questions[:3]]
-    write_json(folder.looks, {"types": "qkvom", "layers": [1, 3], "samples": samples})
+        if model.generator:
+            maps = [[[1 / 16] * 16 for _ in range(4)] for _ in range(3)]
+            look = {"samples": [0, 3, 9], "layers": [0, 1, 2, 3], "maps": maps}
+            write_json(folder.look(model.name), look)
+    names = ["data", *(f"{stage} {m.name}" for m in chosen for stage in STAGES)]
+    recipe = {"pretrain_steps": 3, "finetune_steps": 3, "pretrain_batch": 8, "finetune_batch": 8}
     write_json(
         folder.run,
         {
-            "settings": {"seed": 0, "parallel": 2},
-            "commands": {"pretrain-llava": "python -m x"},
+            "layout": LAYOUT,
+            "settings": {"seed": 0, "parallel": 2, "size": "small"},
+            "recipe": recipe,
+            "models": [{"name": m.name, "title": m.title} for m in chosen],
+            "commands": {"pretrain llava": "python -m x"},
             "versions": {"torch": "2"},
             "commit": None,
             "machine": {"platform": "test", "cores": 2},
-            "seconds": {"pretrain": 1.0},
+            "seconds": dict.fromkeys(names, 6.0),
+            "wall_seconds": 90.0,
+            "resumed": False,
         },
     )
     return folder
 
 
-def measurements() -> dict[str, object]:
-    vision = VisionShape(width=8, layers=1, mlp=8, image=56, patch=14)
-    language = LanguageShape(width=8, layers=2, mlp=8, heads=2, kv_heads=2, head_dim=4, vocab=10)
-    cost = answer_cost(vision, language, 10, None)
-    parameters = dict.fromkeys(("trainable_pretrain", "trainable_finetune"), 5)
-    time = {"first_token": 0.01, "per_token": 0.002, "repeats": 3}
+def cost(number: int, turns: list[str]) -> dict[str, Any]:
+    parts = {"vision": 10, "connector": 1 + number, "prefill": 30 - number, "decode": 4}
+    flops = {name: 1e6 * count for name, count in parts.items()}
+    time = {"first_token": 0.01 + number / 1000, "per_token": 0.002, "repeats": 3}
     ranges = {"first_token_range": [0.01, 0.02], "per_token_range": [0.001, 0.003]}
-    model = {
-        "sequence": 26,
-        "text_tokens": 10,
-        "time": time | ranges,
-        "parameters": parameters,
-        "flops": asdict(cost) | {"first_token": cost.first_token},
-    }
     return {
-        "convention": CONVENTION,
         "question": "How many?",
-        "machine": {"device": "cpu", "threads": 1},
-        "models": {"llava": model, "vlora": model},
+        "convention": "2 FLOPs a MAC",
+        "sequence": 26 - 16 * bool(number),
+        "flops": flops | {"first_token": 41e6},
+        "flops_blind": 2e6,
+        "time": time | ranges,
+        "turns": turns,
+        "image_bytes": 2048 * (number + 1),
+        "connector": 1000 + number,
+        "parameters": 5000,
+        "memory": {"weights": 2**20, "peak_beyond_weights": None},
+        "device": {"type": "cpu", "name": "a CPU"},
     }
 
 
@@ -216,54 +153,68 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 def test_report_holds_the_known_outcome(run_folder: RunFolder) -> None:
     report = build_report(run_folder)
     assert json.loads((run_folder.root / "report.json").read_text()) == report
-    total = report["data"]["test_questions"]
-    missed = len(range(0, total, 5))
-    overall = {name: rows["overall"] for name, rows in report["accuracy"].items()}
-    assert {name: row["correct"] for name, row in overall.items()} == {
-        "llava": total,
-        "vlora": total - missed,
-        "blind": 0,
-    }
-    first, *others = findings(report)
-    assert f"LLaVA against VLoRA, {total} questions: +{100 * missed / total:.1f} points" in first
-    assert "LLaVA is better" in first
-    assert "VLoRA is better" in others[1]
+    comparison = report["comparison"]
+    assert comparison["rows"] == LABELS
+    (found,) = comparison["benchmarks"]
+    means = {label: row["credit"]["mean"] for label, row in found["rows"].items()}
+    assert means == {"LLaVA": 70, "VLoRA": 50, "VLoRA fast": 100, "LLaVA, blind": 0}
+    assert list(comparison["costs"]) == list(report["training"]) == LABELS[:3]
+    first = report["samples"][0]
+    assert first["answers"] == {**dict.fromkeys(LABELS[:3], "yes"), LABELS[3]: "<b>no"}
+    assert first["correct"]["LLaVA"]
+    assert not first["correct"]["LLaVA, blind"]
+    assert list(first["looks"]) == ["VLoRA", "VLoRA fast"]
 
 
 def test_page_is_one_file_that_asks_for_nothing(run_folder: RunFolder) -> None:
     build_report(run_folder)
     page = (run_folder.root / "report.html").read_text()
     sources = re.findall(r'(?:src|href)="([^"]{0,22})', page)
-    assert len(sources) == 4 + 3 * (1 + 2)
+    # Scores, costs, question types and losses; three samples with four maps of two generators.
+    assert len(sources) == 4 + 3 * (1 + 2 * 4)
     assert set(sources) == {"data:image/png;base64,"}
     assert "http" not in page
     assert "url(" not in page
-    assert "<b>?</b>" not in page
-    assert "&lt;b&gt;?&lt;/b&gt;" in page
-    assert "undefined" in page
-    plots = sorted(path.name for path in (run_folder.root / "plots").iterdir())
-    assert plots == ["accuracy.png", "cost.png", "loss.png", "released.png"]
+    assert "<b>no" not in page
+    assert "&lt;b&gt;no" in page
+    for text in ("All of it took 1.5 minutes", "timed in turns", "MFLOPs to the first token"):
+        assert text in page
+    assert "<td>Kept for an image while decoding, KiB</td><td>2.0</td><td>4.0</td>" in page
 
 
-def test_summary_prints_every_category(run_folder: RunFolder) -> None:
-    console = Console(width=120)
+def test_summary_prints_categories_costs_and_findings(run_folder: RunFolder) -> None:
+    console = Console(width=80)
     with console.capture() as capture:
         print_summary(build_report(run_folder), console)
-    for word in ("color", "existence", "overall", "chance", "LLaVA is better"):
-        assert word in capture.get()
+    lines = capture.get().splitlines()
+    assert max(map(len, lines)) <= 80
+    found = {line.split()[0]: line.split()[1:] for line in lines if line.split()}
+    assert found["odd"][:5] == ["5", "60.0", "40.0", "100.0", "0.0"]
+    assert any(re.search(r"Milliseconds to the first token +10\.0 +11\.0 +12\.0", x) for x in lines)
+    assert any(line.startswith("- For one question VLoRA fast's") for line in lines)
+
+
+def test_next_commands_use_the_best_generator_beside_llava(run_folder: RunFolder) -> None:
+    commands = [text for _, text in next_commands(build_report(run_folder), run_folder)]
+    fast, llava = (run_folder.checkpoint(n, "finetune") for n in ("vlora_fast", "llava"))
+    assert f"--model {fast} --beside {llava}" in commands[0]
+    assert (run_folder.files.image_folder / "0.jpg").as_posix() in commands[0]
+    assert f"--data {run_folder.data} --out {run_folder.eval}" in commands[1]
 
 
 def test_a_missing_part_of_a_run_is_named(tmp_path: Path) -> None:
     folder = write_run(tmp_path)
-    folder.looks.unlink()
-    with pytest.raises(DataError, match=r"looks\.json is missing"):
+    (folder.eval / "vlora.cost.json").unlink()
+    with pytest.raises(DataError, match=r"is not finished: .*'VLoRA' cost.*--out .* goes on"):
+        build_report(folder)
+    (folder.checkpoint("vlora", "finetune") / "trainer_state.json").unlink()
+    write_json(folder.eval / "vlora.cost.json", cost(1, []))
+    with pytest.raises(DataError, match=r"vlora/finetune/trainer_state\.json is missing"):
         build_report(folder)
     assert not (tmp_path / "report.html").exists()
 
 
-def test_heat_maps_average_weight_types_and_tell_their_peak() -> None:
-    look = [[[0.5, 0.5], [1.0, 0.0]], [[0.5, 0.5], [0.0, 1.0]]]
-    assert mean_over_types(look) == [[0.5, 0.5], [0.5, 0.5]]
+def test_heat_maps_tell_their_peak() -> None:
     assert peak_over_even([0.25] * 4) == 1
     assert peak_over_even([0.0, 0.75, 0.25, 0.0]) == 3
 
@@ -271,11 +222,3 @@ def test_heat_maps_average_weight_types_and_tell_their_peak() -> None:
 @pytest.mark.parametrize(("p", "text"), [(0.0, "< 0.0001"), (0.004, "= 0.0040"), (0.5, "= 0.50")])
 def test_p_values_are_never_written_as_zero(p: float, text: str) -> None:
     assert format_p(p) == text
-
-
-def test_files_are_written_whole(tmp_path: Path) -> None:
-    path = tmp_path / "folder" / "file.txt"
-    write_text(path, "first")
-    write_text(path, "second")
-    assert path.read_text() == "second"
-    assert [entry.name for entry in path.parent.iterdir()] == ["file.txt"]

@@ -38,7 +38,7 @@ def analyse(results: Results, *, seed: int = 0) -> Comparison:
     labels = [row.label for row in results.rows]
     return {
         "rows": labels,
-        "models": [row.model for row in results.rows if row.see],
+        "models": [row.name for row in results.rows if row.see],
         "blind": [row.label for row in results.rows if not row.see],
         "seed": seed,
         "benchmarks": benchmarks,
@@ -92,7 +92,7 @@ def _benchmark(
             for a, b in combinations(rows, 2)
             if samples
         ],
-        "categories": _categories(samples, credit),
+        "categories": _categories(samples, credit, clusters, seed),
         "disagreements": _disagreements(credit) if samples else 0,
     }
 
@@ -171,23 +171,29 @@ def _correct(benchmarks: Sequence[dict[str, Any]]) -> None:
 
 
 def _categories(
-    samples: Sequence[Mapping[str, Any]], credit: Mapping[Row, Sequence[float]]
+    samples: Sequence[Mapping[str, Any]],
+    credit: Mapping[Row, Sequence[float]],
+    clusters: Sequence[Any],
+    seed: int,
 ) -> dict[str, Any]:
-    """Questions and mean credit in percent of each type of question."""
+    """Questions, mean credit in percent and its 95 % interval of each type of question."""
     places: dict[str, list[int]] = {}
     for i, sample in enumerate(samples):
         if sample["category"]:
             places.setdefault(sample["category"], []).append(i)
-    return {
-        name: {
-            "questions": len(chosen),
-            "rows": {
-                row.label: 100 * sum(values[i] for i in chosen) / len(chosen)
-                for row, values in credit.items()
-            },
+    found = {}
+    for name, chosen in places.items():
+        shared = [clusters[i] for i in chosen]
+        means = {
+            row.label: mean_credit([values[i] for i in chosen], shared, seed)
+            for row, values in credit.items()
         }
-        for name, chosen in places.items()
-    }
+        found[name] = {
+            "questions": len(chosen),
+            "rows": {label: mean["mean"] for label, mean in means.items()},
+            "intervals": {label: mean["interval"] for label, mean in means.items()},
+        }
+    return found
 
 
 def _disagreements(credit: Mapping[Row, Sequence[float]]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..report.collect import format_p
+from ..evaluation.statistics import format_p
 from .analysis import LEVEL, NEARLY_BLIND, Comparison
 
 

@@ -8,8 +8,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ..report.collect import format_p
+from ..evaluation.statistics import format_p
 from .analysis import Comparison
+from .costs import cost_table
 from .findings import findings, joined
 
 _CSV = (
@@ -150,6 +151,9 @@ def to_markdown(comparison: Comparison) -> str:
     pairs, shares = pair_table(comparison), contribution_table(comparison)
     if len(pairs) > 1:
         parts += ["## Paired tests\n", markdown_table(pairs), _TESTS]
+    costs = cost_table(comparison)
+    if len(costs) > 1:
+        parts += ["## Cost of an answer\n", markdown_table(costs)]
     if len(shares) > 1:
         parts += ["## What the image adds\n", markdown_table(shares), _ADDS]
     return "\n".join(part for part in parts if part)

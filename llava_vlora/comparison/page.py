@@ -12,6 +12,7 @@ from typing import Any
 from ..evaluation.files import read_rows
 from ..report.markup import CSS, figure, table
 from .analysis import NEARLY_BLIND, Comparison
+from .costs import cost_table, in_turns, known_costs
 from .disagreements import FILE
 from .findings import findings, joined
 from .outputs import contribution_table, headline, pair_table, value
@@ -37,21 +38,30 @@ def render_page(comparison: Comparison, plots: Mapping[str, Path], folder: Path)
         folder: The run folder, for disagreements and their pictures.
     """
     title = joined(comparison["models"] or comparison["rows"])
-    sections = [
-        _header(comparison, title),
+    parts = [_header(comparison, title), *sections(comparison, plots, folder), _details(comparison)]
+    return whole_page(comparison, title, parts)
+
+
+def sections(comparison: Comparison, plots: Mapping[str, Path], folder: Path) -> list[str]:
+    """Scores, tests, costs and disagreements, for any page; arguments as of :func:`render_page`."""
+    return [
         _scores(comparison, plots),
         _image(comparison),
         _pairs(comparison),
         _cost(comparison, plots),
-        _categories(comparison),
+        _categories(comparison, plots),
         _disagreements(comparison, folder),
-        _details(comparison),
     ]
-    body = "\n".join(section for section in sections if section)
+
+
+def whole_page(comparison: Comparison, title: str, parts: Sequence[str], style: str = "") -> str:
+    """Sections between head and foot; ``style`` is CSS beside that of all reports."""
+    body = "\n".join(part for part in parts if part)
+    css = f"{CSS}{_WIDE}{_row_colors(comparison)}{style}"
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{CSS}{_WIDE}{_row_colors(comparison)}</style>\n</head>\n"
+        f"<title>{escape(title)}</title>\n<style>{css}</style>\n</head>\n"
         f"<body><main>\n{body}\n</main></body>\n</html>\n"
     )
 
@@ -61,7 +71,7 @@ def _row_colors(comparison: Comparison) -> str:
     return "".join(f".row{i} {{ color: {color}; }}\n" for i, color in enumerate(shown))
 
 
-def _name(comparison: Comparison, label: str) -> str:
+def row_name(comparison: Comparison, label: str) -> str:
     """A row's name in its colour."""
     return f'<b class="row{comparison["rows"].index(label)}">{escape(label)}</b>'
 
@@ -83,22 +93,32 @@ def _number(text: str) -> str:
 
 
 def _header(comparison: Comparison, title: str) -> str:
-    items = "".join(f"<li>{_minus(sentence)}</li>" for sentence in findings(comparison))
     count = len(comparison["benchmarks"])
     asked = sum(b["questions"] for b in comparison["benchmarks"])
     all_asked = all(set(b["rows"]) == set(comparison["rows"]) for b in comparison["benchmarks"])
     each = " to each model" if all_asked else ""
-    listed = f'<ul class="findings">{items}</ul>' if items else ""
     return (
         f"<h1>{escape(title)}</h1>"
         f'<p class="soft">{count} benchmark{"s" if count != 1 else ""}, {asked:,} questions{each}; '
-        f"the same prompts and greedy answers.</p>{listed}"
+        f"the same prompts and greedy answers.</p>{listed_findings(comparison)}"
     )
+
+
+def listed_findings(comparison: Comparison) -> str:
+    """The outcome in sentences."""
+    items = "".join(f"<li>{_minus(sentence)}</li>" for sentence in findings(comparison))
+    return f'<ul class="findings">{items}</ul>' if items else ""
 
 
 def _scores(comparison: Comparison, plots: Mapping[str, Path]) -> str:
     labels = comparison["rows"]
-    head = ["Benchmark", "Metric", "n", *(_name(comparison, label) for label in labels), "Chance"]
+    head = [
+        "Benchmark",
+        "Metric",
+        "n",
+        *(row_name(comparison, label) for label in labels),
+        "Chance",
+    ]
     rows = []
     for benchmark in comparison["benchmarks"]:
         chance = benchmark["chance"]
@@ -183,63 +203,29 @@ def _pairs(comparison: Comparison) -> str:
 
 
 def _cost(comparison: Comparison, plots: Mapping[str, Path]) -> str:
-    costs = {m: comparison["costs"][m] for m in comparison["models"] if m in comparison["costs"]}
+    costs, (head, *rows) = known_costs(comparison), cost_table(comparison)
     if not costs:
         return ""
-    device = next(iter(costs.values()))["device"]
-
-    def row(title: str, show: Any) -> list[str]:
-        return [title, *(show(cost) for cost in costs.values())]
-
-    rows = [
-        row("Tokens the language model reads (seen in the model)", lambda c: f"{c['sequence']:,}"),
-        row("GFLOPs to the first token", lambda c: _giga(c["flops"]["first_token"])),
-        row("of these vision tower", lambda c: _giga(c["flops"]["vision"])),
-        row("of these projector or generator", lambda c: _giga(c["flops"]["connector"])),
-        row("of these language model", lambda c: _giga(c["flops"]["prefill"])),
-        row("GFLOPs of each further token", lambda c: _giga(c["flops"]["decode"])),
-        row("Milliseconds to the first token", lambda c: _time(c["time"], "first_token")),
-        row("Milliseconds of each further token", lambda c: _time(c["time"], "per_token")),
-        row("Weights, MiB", lambda c: _mebi(c["memory"]["weights"])),
-        row("Peak beyond the weights, MiB", lambda c: _mebi(c["memory"]["peak_beyond_weights"])),
-        row("Parameters", lambda c: f"{c['parameters']:,}"),
-    ]
-    name = escape(str(device.get("name") or device["type"]))
-    plot = (
-        figure(
-            plots["tradeoff"],
-            "Accuracy against cost: mean over the benchmarks that all rows share.",
-        )
-        if "tradeoff" in plots
-        else ""
-    )
-    head = ["", *(_name(comparison, m) for m in costs)]
-    question = escape(next(iter(costs.values()))["question"].splitlines()[0])
+    first = next(iter(costs.values()))
+    device = first["device"]
+    name, question = str(device.get("name") or device["type"]), first["question"].splitlines()[0]
+    turns = "in turns" if in_turns(comparison) else "one after the other"
+    caption = "Accuracy against cost: mean over the benchmarks that all rows share."
+    cells = [[escape(title), *map(_interval, values)] for title, *values in rows]
+    names = [*head[:1], *(row_name(comparison, model) for model in head[1:])]
     return (
-        f"<h2>Cost of an answer</h2><p>The question &ldquo;{question}&rdquo; with its image, batch of one, on {name}. "
-        "FLOPs are computed from the loaded models' shapes. Times are medians, the fastest and slowest in brackets; "
-        "the models were timed one after the other.</p>"
-        + plot
-        + f'<div class="scroll">{table(head, rows)}</div>'
-        + f'<p class="soft">FLOPs: {escape(next(iter(costs.values()))["convention"])}.</p>'
+        f"<h2>Cost of an answer</h2><p>The question &ldquo;{escape(question)}&rdquo; with its image, batch of one, on "
+        f"{escape(name)}. Tokens are seen in the model, FLOPs computed from its shapes. Times are medians, "
+        f"fastest and slowest in brackets; the models were timed {turns}. Kept for an image: the keys and values "
+        "of its tokens, or what differs between images in generated weights, which are applied unmerged.</p>"
+        + (figure(plots["tradeoff"], caption) if "tradeoff" in plots else "")
+        + f'<div class="scroll">{table(names, cells)}</div>'
+        + f'<p class="soft">FLOPs: {escape(first["convention"])}.</p>'
     )
 
 
-def _giga(flops: float) -> str:
-    return f"{flops / 1e9:,.3g}"
-
-
-def _mebi(count: float | None) -> str:
-    return "not counted here" if count is None else f"{count / 2**20:,.1f}"
-
-
-def _time(times: Mapping[str, Any], part: str) -> str:
-    fastest, slowest = (1e3 * v for v in times[f"{part}_range"])
-    return f"{1e3 * times[part]:.1f} <small>[{fastest:.1f}, {slowest:.1f}]</small>"
-
-
-def _categories(comparison: Comparison) -> str:
-    parts = []
+def _categories(comparison: Comparison, plots: Mapping[str, Path]) -> str:
+    parts: list[str] = []
     labels = comparison["rows"]
     for benchmark in comparison["benchmarks"]:
         if len(benchmark["categories"]) < 2:
@@ -252,10 +238,13 @@ def _categories(comparison: Comparison) -> str:
             ]
             for name, found in benchmark["categories"].items()
         ]
-        head = ["Type of question", "n", *(_name(comparison, label) for label in labels)]
+        head = ["Type of question", "n", *(row_name(comparison, label) for label in labels)]
+        plot = plots.get(f"types-{benchmark['name']}")
+        caption = f"{benchmark['title']} by type of question, 95 % intervals."
         parts.append(
-            f"<details><summary>{escape(benchmark['title'])}</summary>"
-            f'<div class="scroll">{table(head, rows)}</div></details>'
+            f"<details{'' if parts else ' open'}><summary>{escape(benchmark['title'])}</summary>"
+            + (figure(plot, caption) if plot else "")
+            + f'<div class="scroll">{table(head, rows)}</div></details>'
         )
     if not parts:
         return ""
@@ -288,7 +277,7 @@ def _disagreements(comparison: Comparison, folder: Path) -> str:
 def _card(comparison: Comparison, row: Mapping[str, Any], folder: Path) -> str:
     data = base64.b64encode((folder / row["shown"]).read_bytes()).decode("ascii")
     answers = "".join(
-        f'<tr><td>{_name(comparison, label)}</td><td class="{"yes" if row["credit"][label] > 0 else "no"}">'
+        f'<tr><td>{row_name(comparison, label)}</td><td class="{"yes" if row["credit"][label] > 0 else "no"}">'
         f"{escape(text) or '(empty)'}</td></tr>"
         for label, text in row["answers"].items()
     )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import cycle
+from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..report.plots import GRID, PALETTE, new_figure
+from ..report.plots import GRID, INK, PALETTE, new_figure
 from .analysis import Comparison
+from .costs import flops_unit, known_costs
 
 _BLIND = ("#999999", "#bbbbbb", "#777777")
 
@@ -52,33 +54,62 @@ def credit_plot(comparison: Comparison) -> Figure:
     return figure
 
 
+def category_plot(comparison: Comparison, benchmark: Mapping[str, Any]) -> Figure:
+    """Mean credit of all rows on each type of question of a benchmark, with 95 % intervals."""
+    types, shown = benchmark["categories"], colors(comparison)
+    rows = [label for label in shown if label in benchmark["rows"]]
+    groups = {
+        **{f"{name}\nn = {found['questions']:,}": found for name, found in types.items()},
+        f"all\nn = {benchmark['scored']:,}": {
+            "rows": {x: benchmark["rows"][x]["credit"]["mean"] for x in rows},
+            "intervals": {x: benchmark["rows"][x]["credit"]["interval"] for x in rows},
+        },
+    }
+    figure, (axes,) = new_figure(10.5, 4.2, 1)
+    width = 0.8 / len(rows)
+    for i, label in enumerate(rows):
+        places = [k + (i + 0.5) * width - 0.4 for k in range(len(groups))]
+        means = [group["rows"][label] for group in groups.values()]
+        ends = [group["intervals"][label] for group in groups.values()]
+        arms = (
+            [max(0.0, m - low) for m, (low, _) in zip(means, ends, strict=True)],
+            [max(0.0, high - m) for m, (_, high) in zip(means, ends, strict=True)],
+        )
+        axes.bar(places, means, width, color=shown[label], label=label, edgecolor="white", lw=0.5)
+        axes.errorbar(places, means, arms, fmt="none", ecolor=INK, elinewidth=1, capsize=2)
+    axes.set_xticks(range(len(groups)), list(groups))
+    axes.axvline(len(groups) - 1.5, color=GRID, lw=1.5)
+    axes.set_ylabel("Mean credit, %")
+    axes.set_ylim(0, 105)
+    figure.legend(loc="outside upper center", ncols=min(5, len(rows)), frameon=False)
+    return figure
+
+
 def tradeoff_plot(comparison: Comparison) -> Figure:
     """Mean credit over the scored benchmarks against FLOPs and time to the first token."""
-    figure, panels = new_figure(10.5, 3.6, 2)
-    points = tradeoff(comparison)
-    shown = colors(comparison)
-    axes_names = ("GFLOPs to the first token", "Milliseconds to the first token")
-    for axes, name, index in zip(panels, axes_names, (0, 1), strict=True):
+    figure, panels = new_figure(10.5, 3.8, 2)
+    points, shown = tradeoff(comparison), colors(comparison)
+    unit, size = flops_unit(known_costs(comparison))
+    names = (f"{unit}FLOPs to the first token", "Milliseconds to the first token")
+    for axes, name, index, scale in zip(panels, names, (0, 1), (size, 1e-3), strict=True):
         for label, costs, mean in points:
             cost = costs[index]
-            if cost is None:
-                continue
-            axes.plot(cost, mean, "o", color=shown[label], markersize=9)
-            axes.annotate(
-                label, (cost, mean), xytext=(0, 9), textcoords="offset points", ha="center"
-            )
+            if cost is not None:
+                named = label if index == 0 else None
+                axes.plot(cost / scale, mean, "o", color=shown[label], markersize=9, label=named)
         axes.set_xlabel(name)
         axes.set_xlim(left=0)
         axes.margins(x=0.2)
-        axes.set_ylim(0, 110)
+        axes.set_ylim(0, 105)
     panels[0].set_ylabel("Mean credit over benchmarks, %")
+    figure.legend(loc="outside upper center", ncols=min(5, len(points)), frameon=False)
     return figure
 
 
 def tradeoff(
     comparison: Comparison,
 ) -> Sequence[tuple[str, tuple[float | None, float | None], float]]:
-    """Of each row with known cost: its label, GFLOPs and milliseconds, and its mean over the benchmarks all share."""
+    """Of each row with known cost: its label, FLOPs and seconds, and its mean over the benchmarks all share."""
     labels = comparison["rows"]
     shared = [
         b for b in comparison["benchmarks"] if b["scored"] and all(x in b["rows"] for x in labels)
@@ -91,8 +122,8 @@ def tradeoff(
             continue
         mean = sum(b["rows"][label]["credit"]["mean"] for b in shared) / len(shared)
         if label in comparison["blind"]:
-            points.append((label, (cost["flops_blind"] / 1e9, None), mean))
+            points.append((label, (cost["flops_blind"], None), mean))
         else:
-            known = (cost["flops"]["first_token"] / 1e9, 1e3 * cost["time"]["first_token"])
+            known = (cost["flops"]["first_token"], cost["time"]["first_token"])
             points.append((label, known, mean))
     return points

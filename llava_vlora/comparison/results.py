@@ -12,6 +12,8 @@ from ..evaluation.files import read_json, read_rows, require_keys
 
 #: What a comparison adds to its folder.
 PLAN, COMPARISON = "compare.json", "comparison.json"
+#: Names of models for people, by the names in files; a model without one is called as its files are.
+TITLES = "titles.json"
 _SCORE, _BLIND, _COST = ".score.json", ".blind", ".cost.json"
 _KEYS = ("benchmark", "title", "model", "asking", "questions", "metrics", "samples", "chance")
 
@@ -33,11 +35,18 @@ class Row:
 
     model: str
     see: bool
+    title: str = ""
+    """The model's name for people, if it has one."""
+
+    @property
+    def name(self) -> str:
+        """How tables call the model."""
+        return self.title or self.model
 
     @property
     def label(self) -> str:
-        """How tables call it."""
-        return self.model if self.see else f"{self.model}, blind"
+        """How tables call the row."""
+        return self.name if self.see else f"{self.name}, blind"
 
     @property
     def stem(self) -> str:
@@ -54,7 +63,7 @@ class Results:
     scores: dict[str, dict[Row, dict[str, Any]]]
     """By benchmark and row, what the score file says."""
     costs: dict[str, dict[str, Any]]
-    """By model, where it was measured."""
+    """By the model's name in tables, where it was measured."""
     plan: dict[str, Any]
     """What ``compare`` was asked for; empty if the folder was filled by ``eval``."""
 
@@ -76,13 +85,16 @@ def read_results(folder: Path) -> Results:
         raise DataError(
             f"{folder} has no scores (<benchmark>/<model>{_SCORE}); make some with `llava-vlora eval --out {folder}`."
         )
-    plan = read_json(folder / PLAN) if (folder / PLAN).is_file() else {}
+    plan, titles = (
+        read_json(file) if file.is_file() else {} for file in (folder / PLAN, folder / TITLES)
+    )
     scores: dict[str, dict[Row, dict[str, Any]]] = {}
     for file in files:
         stated = read_json(file)
         require_keys(stated, _KEYS, str(file))
         stem = file.name.removesuffix(_SCORE)
-        row = Row(stem.removesuffix(_BLIND), not stem.endswith(_BLIND))
+        model = stem.removesuffix(_BLIND)
+        row = Row(model, not stem.endswith(_BLIND), titles.get(model, ""))
         scores.setdefault(file.parent.name, {})[row] = stated
     for name, rows in scores.items():
         _same_questions(folder / name, rows)
@@ -90,7 +102,8 @@ def read_results(folder: Path) -> Results:
     found = sorted({row for rows in scores.values() for row in rows}, key=lambda r: _rank(r, order))
     asked = plan.get("benchmarks", [])
     names = sorted(scores, key=lambda n: (asked.index(n) if n in asked else len(asked), n))
-    costs = {f.name.removesuffix(_COST): _cost(f) for f in sorted(folder.glob(f"*{_COST}"))}
+    measured = {f.name.removesuffix(_COST): _cost(f) for f in sorted(folder.glob(f"*{_COST}"))}
+    costs = {titles.get(model, model): cost for model, cost in measured.items()}
     return Results(folder, tuple(found), {n: scores[n] for n in names}, costs, plan)
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -24,6 +27,7 @@ from rich.progress import (
 from ..errors import VLoRAError
 
 _TAIL_LINES = 25
+_CHILD = Path(__file__).with_name("child.py")
 
 
 class StageError(VLoRAError, RuntimeError):
@@ -47,6 +51,10 @@ class Job:
     read: ReadProgress
     append: bool = False
     """Keep what the log has from an earlier attempt."""
+    begun: Callable[[], None] = lambda: None
+    """Called before it starts."""
+    ended: Callable[[float], None] = lambda seconds: None
+    """Called when it has ended well, with its seconds."""
 
 
 class Children:
@@ -107,20 +115,34 @@ def progress_bar(console: Console) -> Progress:
 
 
 def run_jobs(
-    jobs: Sequence[Job], *, parallel: int, environment: Mapping[str, str], console: Console
+    chains: Sequence[Sequence[Job]],
+    *,
+    parallel: int,
+    environment: Mapping[str, str],
+    console: Console,
 ) -> None:
-    """Run jobs, at most ``parallel`` at a time, and wait for all.
+    """Run chains of jobs, at most ``parallel`` at a time, each job after the one before it, and wait for all.
 
     Raises:
         StageError: A job failed; the others are stopped. The message has the end of its log.
     """
     children = Children()
+    jobs = [job for chain in chains for job in chain]
     with progress_bar(console) as progress, ThreadPoolExecutor(parallel) as pool:
-        width = max(len(job.name) for job in jobs)
-        futures = []
-        for job in jobs:
-            task = progress.add_task(job.name.ljust(width), total=job.total, start=False)
-            futures.append(pool.submit(run_job, job, environment, children, progress, task))
+        width = max((len(job.name) for job in jobs), default=0)
+        tasks = {
+            id(job): progress.add_task(job.name.ljust(width), total=job.total, start=False)
+            for job in jobs
+        }
+
+        def run(chain: Sequence[Job]) -> None:
+            for job in chain:
+                run_job(job, environment, children, progress, tasks[id(job)])
+                if not console.is_terminal:
+                    seconds = progress.tasks[tasks[id(job)]].elapsed or 0
+                    progress.console.print(f"{job.name}: {seconds:.0f} s", highlight=False)
+
+        futures = [pool.submit(run, chain) for chain in chains]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             for future in done:
@@ -144,6 +166,8 @@ def run_job(
         StageError: It failed; the message has the end of its log.
     """
     job.log.parent.mkdir(parents=True, exist_ok=True)
+    job.begun()
+    began = time.perf_counter()
     child = children.start(job, environment)
     progress.start_task(task)
     with job.log.open("a" if job.append else "w", encoding="utf-8") as log:
@@ -160,24 +184,41 @@ def run_job(
         written = job.log.read_bytes()[start:].decode("utf-8", errors="replace")
         tail = "\n".join(written.splitlines()[-_TAIL_LINES:]) or "(no output)"
         raise StageError(f"{job.name} ended with exit code {code}. The end of {job.log}:\n{tail}")
+    job.ended(time.perf_counter() - began)
     progress.update(task, completed=job.total)
+    progress.stop_task(task)
 
 
-def worker_progress(line: str) -> int | None:
-    """Work done according to a line ``progress <done> <all>`` of an evaluation worker."""
-    words = line.split()
-    if len(words) == 3 and words[0] == "progress" and words[1].isdigit():
-        return int(words[1])
-    return None
+def tied(command: Sequence[str], lock: Path) -> list[str]:
+    """A command that ends with this process and waits for an earlier one of the same lock; only on POSIX systems."""
+    if os.name != "posix":
+        return list(command)
+    return [sys.executable, str(_CHILD), str(lock), str(os.getpid()), *command]
+
+
+class EvalProgress:
+    """Questions answered, from the lines of ``llava-vlora eval``: ``<benchmark>: <done> of <all> answered``."""
+
+    def __init__(self) -> None:
+        """No line yet."""
+        self._done: dict[str, int] = {}
+
+    def __call__(self, line: str) -> int | None:
+        """Questions answered after this line, those of all benchmarks."""
+        found = re.fullmatch(r"(\S+): (\d+) of \d+ answered\s*", line)
+        if found is None:
+            return None
+        self._done[found[1]] = int(found[2])
+        return sum(self._done.values())
 
 
 class TrainerProgress:
     """Steps done, from the loss lines that transformers' trainer prints every few steps."""
 
-    def __init__(self, logging_steps: int) -> None:
-        """Count loss lines, each worth ``logging_steps`` steps."""
+    def __init__(self, logging_steps: int, start: int = 0) -> None:
+        """Count loss lines, each worth ``logging_steps`` steps, behind the step of a checkpoint."""
         self._each = logging_steps
-        self._lines = 0
+        self._lines = start // logging_steps
 
     def __call__(self, line: str) -> int | None:
         """Steps done after this line."""

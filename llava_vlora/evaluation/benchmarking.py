@@ -161,7 +161,7 @@ def _evaluate(
                 evaluation.asking(benchmark),
                 batch_size=evaluation.batch_size,
                 place=place,
-                progress=partial(_advance, progress, task),
+                progress=partial(_advance, progress, task, "" if place.rank else benchmark.name),
             )
             if place.rank == 0:
                 scores[benchmark.name] = benchmark.score(samples, log.answers)
@@ -213,8 +213,12 @@ def _changed(
     return loaded
 
 
-def _advance(progress: Progress, task: TaskID, done: int, total: int) -> None:
+def _advance(progress: Progress, task: TaskID, name: str, done: int, total: int) -> None:
+    """Move the bar; where there is none, and a name, say each tenth for the log."""
+    before = progress.tasks[task].completed
     progress.update(task, completed=done, total=total)
+    if progress.disable and name and 10 * done // total > 10 * before // total:
+        progress.console.print(f"{name}: {done} of {total} answered", soft_wrap=True)
 
 
 def _check_images(benchmark: Benchmark, samples: Sequence[Sample]) -> None:

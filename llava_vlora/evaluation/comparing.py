@@ -6,12 +6,14 @@ import dataclasses
 import functools
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from rich.console import Console
 
 from .. import provenance
@@ -38,7 +40,11 @@ from .files import read_json, require_writable, write_json
 from .fingerprint import run_key
 from .measuring import measure_times, parameter_counts, sequence_length, text_length
 
-_REPEATS, _NEW_TOKENS = 5, 17
+_NEW_TOKENS = 17
+#: Repeats of each timing: so many, and more while they take no longer than these seconds.
+_REPEATS, _MOST_REPEATS, _SECONDS = 5, 31, 10.0
+#: Models whose files are no larger together are loaded at once and timed in turns.
+_TOGETHER = 2**30
 
 
 def compare(
@@ -64,13 +70,14 @@ def compare(
         require_writable(folder)
         write_json(folder / PLAN, _plan(evaluations, blind))
     asked = questions(evaluations[0])
+    together = sum(map(_file_bytes, evaluations)) <= _TOGETHER
     for evaluation in evaluations:
         load = functools.cache(partial(load_model, evaluation))
         evaluate(evaluation, console, load, asked)
         if evaluation.name in blind:
             evaluate(dataclasses.replace(evaluation, see=False), console, load, asked)
-        if measure and place.rank == 0:
-            _measure(evaluation, asked, load)
+        if measure and place.rank == 0 and not together:
+            _measure([evaluation], asked, [load])
         place.barrier()
         del load
         gc.collect()
@@ -78,6 +85,8 @@ def compare(
             torch.cuda.empty_cache()
     if place.rank > 0:
         return None
+    if measure and together:
+        _measure(evaluations, asked, [partial(load_model, e) for e in evaluations])
     results = read_results(folder)
     for benchmark, samples in asked.items():
         write_disagreements(results, benchmark.name, samples)
@@ -99,47 +108,77 @@ def _plan(evaluations: Sequence[Evaluation], blind: Sequence[str]) -> dict[str, 
     }
 
 
-def _measure(evaluation: Evaluation, asked: Asked, load: Callable[[], api.Loaded]) -> None:
-    """Write what an answer of the model costs, unless that is known."""
-    file = evaluation.out / f"{evaluation.name}.cost.json"
+def _file_bytes(evaluation: Evaluation) -> float:
+    """Size of a model's files; without end where they are not in folders."""
+    folders = [Path(name).expanduser() for name in (evaluation.model, evaluation.base) if name]
+    if not all(folder.is_dir() for folder in folders):
+        return float("inf")
+    return sum(file.stat().st_size for folder in folders for file in folder.iterdir())
+
+
+def _measure(
+    evaluations: Sequence[Evaluation], asked: Asked, loads: Sequence[Callable[[], api.Loaded]]
+) -> None:
+    """Write what an answer of models that are timed together costs, unless all of that is known."""
     every = (sample for samples in asked.values() for sample in samples)
     seen = sorted(
         (s for s in every if s.image is not None), key=lambda s: (len(s.prompt), str(s.id))
     )
     if not seen:
         return
-    chosen = seen[len(seen) // 2]
+    chosen, first = seen[len(seen) // 2], evaluations[0]
+    weights = {e.name: weights_of(e) for e in evaluations}
     settings = {
-        "bits": evaluation.bits,
-        "device": evaluation.device,
+        "bits": first.bits,
+        "device": first.device,
         "prompt": chosen.prompt,
         "id": chosen.id,
+        "beside": weights if len(weights) > 1 else None,
     }
-    key = run_key(weights_of(evaluation), settings)
-    if file.is_file() and read_json(file).get("run") == key:
+    keys = {name: run_key(model, settings) for name, model in weights.items()}
+    files = {name: first.out / f"{name}.cost.json" for name in weights}
+    if all(f.is_file() and read_json(f).get("run") == keys[n] for n, f in files.items()):
         return
-    loaded = load()
-    if loaded.image_processor is None:
-        return  # a plain language model sees none
-    write_json(file, {"run": key, **cost_of_answer(loaded, chosen)})
+    models = {name: load() for name, load in zip(weights, loads, strict=True)}
+    # A plain language model sees no image.
+    models = {name: loaded for name, loaded in models.items() if loaded.image_processor is not None}
+    for name, cost in costs_of_answer(models, chosen).items():
+        write_json(files[name], {"run": keys[name], **cost})
 
 
-def cost_of_answer(loaded: api.Loaded, sample: Sample) -> dict[str, Any]:
-    """FLOPs, times, tokens and memory of answering one question about an image.
+def costs_of_answer(models: Mapping[str, api.Loaded], sample: Sample) -> dict[str, dict[str, Any]]:
+    """FLOPs, times, tokens and memory of answering one question about an image, timed in turns.
 
     Args:
-        loaded: The model.
+        models: Models by name.
         sample: A question with an image.
     """
     assert sample.image is not None
-    image, question, model = sample.image.open(), sample.prompt, loaded.model
+    image, question = sample.image.open(), sample.prompt
+    times = measure_times(
+        models,
+        question,
+        image,
+        new_tokens=_NEW_TOKENS,
+        repeats=_REPEATS,
+        most_repeats=_MOST_REPEATS,
+        seconds=_SECONDS,
+    )
+    turns = list(models) if len(models) > 1 else None
+    return {
+        name: _cost_of_answer(loaded, question, image)
+        | {"time": asdict(times[name]), "turns": turns}
+        for name, loaded in models.items()
+    }
+
+
+def _cost_of_answer(loaded: api.Loaded, question: str, image: Image.Image) -> dict[str, Any]:
+    """What can be told of one model without a clock."""
+    model = loaded.model
     vision = vision_shape(model.get_vision_tower().config.to_dict())
     language = language_shape(model.config.to_dict())
     text = text_length(loaded, question)
     cost = answer_cost(vision, language, text, getattr(model, "vlora_config", None))
-    timing = measure_times(
-        {"model": loaded}, question, image, new_tokens=_NEW_TOKENS, repeats=_REPEATS
-    )["model"]
     ids = api.prompt_ids(loaded, question).unsqueeze(0)
     peak = peak_bytes(partial(generate, loaded, ids, [image], max_new_tokens=1), model.device)
     counts = parameter_counts(loaded)
@@ -150,7 +189,8 @@ def cost_of_answer(loaded: api.Loaded, sample: Sample) -> dict[str, Any]:
         "sequence": sequence_length(loaded, question, image),
         "flops": asdict(cost) | {"first_token": cost.first_token},
         "flops_blind": 2 * language.prefill(text),
-        "time": asdict(timing),
+        "image_bytes": cost.image_values * model.dtype.itemsize,
+        "connector": counts["connector"],
         "parameters": sum(counts[part] for part in ("vision_tower", "connector", "language_model")),
         "memory": {
             "weights": sum(p.numel() * p.element_size() for p in model.parameters()),

@@ -8,7 +8,6 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,6 @@ _ADDED = re.compile(r"\.(blind|part\d+)$")
 def is_model_name(name: str) -> bool:
     """Whether files can be called by a model's name, and no other model's are."""
     return bool(_MODEL.fullmatch(name)) and not _ADDED.search(name)
-
-
-@dataclass(frozen=True)
-class Question:
-    """One row of a question file."""
-
-    id: int
-    image: str
-    """File name below the image folder."""
-    text: str
-    category: str
 
 
 @contextmanager
@@ -196,19 +184,6 @@ def read_text(path: Path, hint: str = _REMAKE) -> str:
         raise DataError(f"{path} cannot be read ({error.strerror}).") from error
 
 
-def read_questions(path: Path) -> list[Question]:
-    """Read LLaVA's question file; ids must differ.
-
-    Raises:
-        DataError: The file is empty or damaged, or an id occurs twice.
-    """
-    rows = read_rows(path, ("question_id", "image", "text", "category"))
-    questions = [Question(r["question_id"], r["image"], r["text"], r["category"]) for r in rows]
-    if not questions or len({q.id for q in questions}) != len(questions):
-        raise DataError(f"{path} has no questions, or two with the same question_id.")
-    return questions
-
-
 def answer_row(
     question: Id, prompt: str, text: str, model: str, unique: Id | None = None
 ) -> dict[str, Any]:
@@ -230,39 +205,3 @@ def answer_row(
         "model_id": model,
         "metadata": {},
     }
-
-
-def write_answers(
-    path: Path, questions: Sequence[Question], texts: Sequence[str], model_id: str
-) -> None:
-    """Write answers as LLaVA's evaluators do, one line for each question, in order."""
-    pairs = zip(questions, texts, strict=True)
-    rows = [answer_row(q.id, q.text, text, model_id) for q, text in pairs]
-    write_rows(path, rows)
-
-
-def read_answers(
-    path: Path, ids: Sequence[int], *, key: str = "text", others: bool = False
-) -> list[dict[str, Any]]:
-    """Rows of an answer file in the order of ``ids``.
-
-    Args:
-        path: The answer file.
-        ids: Ids of the questions, each once.
-        key: What each row must hold.
-        others: Whether the file may also hold answers to other questions.
-
-    Raises:
-        DataError: An id has no answer or several, or an answer belongs to no id.
-    """
-    rows = read_rows(path, ("question_id", key))
-    by_id = {row["question_id"]: row for row in rows}
-    missing = [i for i in ids if i not in by_id]
-    extra = sorted(by_id.keys() - set(ids), key=str)
-    if missing or (extra and not others) or len(by_id) != len(rows):
-        raise DataError(
-            f"{path} does not fit the questions: {len(missing)} without an answer "
-            f"({listing(missing[:3])}), {len(extra)} answers to other questions "
-            f"({listing(extra[:3])}), {len(rows) - len(by_id)} given twice. Answer them again."
-        )
-    return [by_id[i] for i in ids]

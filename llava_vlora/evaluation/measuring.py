@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -43,7 +41,8 @@ def measure_times(
     *,
     new_tokens: int = 33,
     repeats: int = 15,
-    progress: Callable[[int, int], None] | None = None,
+    most_repeats: int = 0,
+    seconds: float = 0.0,
 ) -> dict[str, Timing]:
     """Time models in turns, so that a slow spell of the machine meets all of them.
 
@@ -53,24 +52,25 @@ def measure_times(
         image: Its image.
         new_tokens: Length of the long answer, from which the time per token follows.
         repeats: Turns; one more, unmeasured, comes first.
-        progress: Called with (turns done, turns in all).
+        most_repeats: Further turns, up to so many in all, of models that are quick.
+        seconds: No further turn begins after so long.
     """
     first: dict[str, list[float]] = {name: [] for name in models}
     each: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(repeats + 1):
+    turn, start = 0, time.perf_counter()
+    while turn <= repeats or (turn <= most_repeats and time.perf_counter() - start < seconds):
         for name, loaded in models.items():
             short = _seconds(loaded, question, image, 1)
             long = _seconds(loaded, question, image, new_tokens)
             if turn:
                 first[name].append(short)
                 each[name].append((long - short) / (new_tokens - 1))
-        if progress is not None:
-            progress(turn + 1, repeats + 1)
+        turn += 1
     return {
         name: Timing(
             first_token=median(first[name]),
             per_token=median(each[name]),
-            repeats=repeats,
+            repeats=len(first[name]),
             first_token_range=(min(first[name]), max(first[name])),
             per_token_range=(min(each[name]), max(each[name])),
         )
@@ -132,12 +132,3 @@ def parameter_counts(loaded: Loaded) -> dict[str, int]:
         "trainable_pretrain": connector,
         "trainable_finetune": every - tower,
     }
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes this process has held so far: of the GPU's allocator, or resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # Linux counts kibibytes, macOS bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

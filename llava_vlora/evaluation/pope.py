@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..errors import VLoRAError
-from .files import read_answers, read_rows, write_rows
+from .files import write_rows
 
 _COUNTS = re.compile(r"^TP\tFP\tTN\tFN\t?\n(\d+)\t(\d+)\t(\d+)\t(\d+)$", re.MULTILINE)
 _VALUE = re.compile(r"^(Accuracy|Precision|Recall|F1 score|Yes ratio): (\S+)$", re.MULTILINE)
@@ -64,21 +64,6 @@ def pope_score(labels: Sequence[str], texts: Sequence[str]) -> PopeScore:
     if done.returncode and "ZeroDivisionError" not in done.stderr:
         raise ScorerError(f"llava.eval.eval_pope failed:\n{done.stderr[-2000:]}")
     return parse_pope(done.stdout)
-
-
-def score_files(annotations: Path, answers: Path) -> PopeScore:
-    """Score an answer file that has at least the answers to the questions of one POPE category, in any order.
-
-    Args:
-        annotations: Folder with one ``coco_pope_<category>.json`` of labels.
-        answers: The answer file.
-
-    Raises:
-        DataError: A question has no answer.
-    """
-    labels = read_rows(next(iter(sorted(annotations.glob("*.json")))), ("question_id", "label"))
-    rows = read_answers(answers, [row["question_id"] for row in labels], others=True)
-    return pope_score([row["label"] for row in labels], [row["text"] for row in rows])
 
 
 def parse_pope(output: str) -> PopeScore:

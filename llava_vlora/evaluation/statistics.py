@@ -74,6 +74,11 @@ def mcnemar_exact(first: Sequence[bool], second: Sequence[bool]) -> PairedTest:
     return PairedTest(only_first, only_second, min(1.0, 2 * tail / 2**discordant))
 
 
+def format_p(p: float) -> str:
+    """A p-value for readers: never an exact zero."""
+    return "< 0.0001" if p < 0.0001 else f"= {p:.4f}" if p < 0.01 else f"= {p:.2f}"
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values of several tests, adjusted so that any false one of them has the usual chance (Holm 1979)."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])

@@ -5,7 +5,7 @@ Shapes: B images, V patches, T weight types, K injected layers.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from ..weights import PerceptualWeights
 Bare = dict[str, tuple[Tensor, ...]]
 
 
-class Generator(nn.Module):
+class Generator(nn.Module, ABC):
     """Patch features of an image -> perceptual weights.
 
     A subclass is built as ``(config, shape, visual_dim, num_patches)`` and defines :meth:`latents`, :meth:`expand`

@@ -13,6 +13,7 @@ Shapes: B images, V patches, P vectors, D width, K injected layers, I/O input an
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -40,7 +41,7 @@ _READ = 2.25
 _GAIN = 100.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FastWeightsConfig(GeneratorConfig):
     """Settings of fast weights and of where they go."""
 
@@ -82,6 +83,10 @@ class FastWeightsConfig(GeneratorConfig):
             raise ConfigError(
                 f"vlora_positions {self.positions!r} is unknown; valid: {listing(get_args(Positions))}."
             )
+
+    def spelt_out(self) -> FastWeightsConfig:
+        """The same settings with alpha spelt out."""
+        return replace(self, alpha=1.0 if self.alpha is None else float(self.alpha))
 
     def resolved(self, num_patches: int) -> FastWeightsConfig:
         """The settings with the window and the stride that images of so many patches get."""
@@ -148,7 +153,7 @@ class Grid:
 
     def back(self, shares: Tensor) -> Tensor:
         """What each vector has, ``[..., vectors]``, given to the patches of its stride, ``[..., patches]``."""
-        first, cells = shares.split([self.rest, self.across**2], dim=-1)
+        first, cells = torch.split_with_sizes(shares, [self.rest, self.across**2], dim=-1)
         square = cells.unflatten(-1, (self.across, self.across))
         for dim in (-2, -1):
             square = square.repeat_interleave(self.stride, dim=dim)
@@ -157,11 +162,20 @@ class Grid:
         return torch.cat([first, square.flatten(-2)], dim=-1)
 
 
+@functools.cache
 def grid_positions(across: int, dim: int) -> Tensor:
     """Sine and cosine of row and column, ``[across * across, dim]``, each number of unit size.
 
     Wavelengths run geometrically from 4 vectors to 4 times the side, so that neighbours differ and no two places agree.
     """
+    with (
+        torch.inference_mode(False),
+        torch.device("cpu"),
+    ):  # kept for calls of any kind and on any device
+        return _waves(across, dim)
+
+
+def _waves(across: int, dim: int) -> Tensor:
     count = -(-dim // 4)
     span = torch.linspace(0, 1, count) if count > 1 else torch.zeros(1)
     rates = math.pi / 2 * float(max(across, 1)) ** -span
@@ -170,6 +184,32 @@ def grid_positions(across: int, dim: int) -> Tensor:
     rows = waves[:, None].expand(-1, across, -1)
     columns = waves[None].expand(across, -1, -1)
     return torch.cat([rows, columns], dim=-1).flatten(0, 1)[:, :dim].contiguous()
+
+
+class Gather(nn.Linear):
+    """What a vector sees of its window of patches, ``C * window * window`` numbers, as one vector.
+
+    What binds must lie in one vector, and a window is wide enough for what lies across strides. At first a vector is
+    made of the patches of its stride alone: with all patches of a window weighted alike, what is in the middle is a
+    small part of the vector and takes long to be found.
+    """
+
+    def __init__(self, width: int, dim: int, grid: Grid) -> None:
+        """For patches of ``width``."""
+        self.grid = grid  # before the weights are made: ZeRO-3 takes them away as soon as they are
+        super().__init__(width * grid.window**2, dim)
+
+    def reset_parameters(self) -> None:
+        """As a linear layer of the patches of the stride, which stand in the middle."""
+        nn.init.zeros_(self.weight)
+        window, stride = self.grid.window, self.grid.stride
+        first = (window - stride) // 2
+        middle = slice(first, first + stride)
+        bound = (self.in_features / window**2 * stride**2) ** -0.5
+        with torch.no_grad():
+            kernel = self.weight.view(self.out_features, -1, window, window)
+            kernel[..., middle, middle].uniform_(-bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
 
 
 class Block(nn.Module):
@@ -183,6 +223,12 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.linear1 = nn.Linear(dim, _MLP_RATIO * dim)
         self.linear2 = nn.Linear(_MLP_RATIO * dim, dim)
+        for last in (
+            self.out,
+            self.linear2,
+        ):  # a block starts as the identity: each vector is its patches at first
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, P, D]`` -> ``[B, P, D]``."""
@@ -236,7 +282,7 @@ class FastWeightsGenerator(Generator):
         self.grid = grid = Grid.of(config, num_patches)
         dim = config.dim
         self.norm_in = nn.LayerNorm(visual_dim)
-        self.gather = nn.Linear(visual_dim * grid.window**2, dim)
+        self.gather = Gather(visual_dim, dim, grid)
         if grid.rest:
             self.whole = nn.Linear(visual_dim, dim)
         if config.positions == "learned":
@@ -316,12 +362,14 @@ class FastWeightsGenerator(Generator):
 
     def _vectors(self, features: Tensor) -> Tensor:
         normed = self.norm_in(self.checked(features))
-        first, patches = normed.split([self.grid.rest, self.grid.side**2], dim=1)
+        sizes = [self.grid.rest, self.grid.side**2]
+        first, patches = torch.split_with_sizes(normed, sizes, dim=1)
+        places: Tensor
         if self.config.positions == "learned":
             places = self.places
         else:
             places = grid_positions(self.grid.across, self.config.dim).to(normed)
-        x = self.gather(self.grid.windows(patches)) + places
+        x: Tensor = self.gather(self.grid.windows(patches)) + places
         if self.grid.rest:
             x = torch.cat([self.whole(first), x], dim=1)
         for block in self.blocks:

@@ -12,6 +12,7 @@ from ..generators import KINDS
 from .base_model import describe_base, other_base
 from .checkpoint import is_vlora, load_projector, read_json, read_tensors
 from .flags import Request, check_starts_trained
+from .frozen import frozen_alone
 from .pruned_training import MASK_KEY
 
 #: What the generator of stage 1 has learned to read, beside its own shape.
@@ -82,8 +83,9 @@ def initialize_generator(model: Any, arguments: Any, fsdp: Any) -> None:
         if reason:
             raise CheckpointError(f"{stage1} was trained with another language model: {reason}.")
         load_projector(model.mm_projector, read_tensors(Path(stage1)), Path(stage1))
-    # Stage 1 leaves the language model as it is, so that stage 2 can be held to the same one.
+    # A projector that trains alone leaves the language model as it is, so that later uses can be held to the same one.
     alone = getattr(arguments, "tune_mm_mlp_adapter", False)
+    alone = alone or frozen_alone(arguments, Request.training)
     model.config.vlora_base = describe_base(model, arguments.model_name_or_path) if alone else None
 
 

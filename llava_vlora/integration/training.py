@@ -48,7 +48,7 @@ def patch_training(train: ModuleType) -> None:
     stock_arguments, stock_class = train.ModelArguments, train.LlavaLlamaForCausalLM
 
     @dataclass
-    class ModelArguments(model_arguments(stock_arguments)):  # type: ignore[misc, valid-type]
+    class ModelArguments(model_arguments(stock_arguments)):  # type: ignore[misc]
         """LLaVA's model arguments with those of VLoRA."""
 
         def __post_init__(self) -> None:

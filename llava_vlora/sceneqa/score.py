@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llava_vlora.sceneqa.questions import Question
@@ -40,40 +40,19 @@ def score(prediction: str, label: str) -> bool:
     return _normalise(prediction) == _normalise(label)
 
 
-def accuracy(
-    predictions: Mapping[int, str], labels: Iterable[Mapping[str, object]]
-) -> dict[str, float]:
-    """Accuracy of every category and "overall", over all labelled questions (fractions of 1).
-
-    Args:
-        predictions: predicted text by question id.
-        labels: rows of the answer file with "question_id", "label" and "category".
-
-    Raises:
-        SceneQAError: if a labelled question has no prediction or there are no labels.
-    """
-    hits: dict[str, list[bool]] = defaultdict(list)
-    for row in labels:
-        identifier = row["question_id"]
-        if not isinstance(identifier, int) or identifier not in predictions:
-            raise SceneQAError(
-                f"no prediction for question {identifier!r}; run the evaluator on all questions"
-            )
-        hit = score(predictions[identifier], str(row["label"]))
-        hits[str(row["category"])].append(hit)
-        hits["overall"].append(hit)
-    if not hits:
-        raise SceneQAError("the answer file has no rows; write the dataset again")
-    order = [c for c in (*CATEGORIES, "overall") if c in hits]
-    return {category: sum(hits[category]) / len(hits[category]) for category in order}
-
-
 def blind_levels(train: Sequence[Question], test: Sequence[Question]) -> dict[str, BlindLevel]:
     """Measures, per category, what is reached from the questions and the answer statistics.
 
     Raises:
         SceneQAError: if a category is asked about that no training question has.
     """
+    return group_levels(train, {c: [q for q in test if q.category == c] for c in CATEGORIES})
+
+
+def group_levels(
+    train: Sequence[Question], groups: Mapping[str, Sequence[Question]]
+) -> dict[str, BlindLevel]:
+    """Measures as :func:`blind_levels` does, per group of test questions of any categories."""
     by_text: dict[str, Counter[str]] = defaultdict(Counter)
     by_category: dict[str, Counter[str]] = defaultdict(Counter)
     by_form: dict[tuple[str, str], set[str]] = defaultdict(set)
@@ -82,20 +61,21 @@ def blind_levels(train: Sequence[Question], test: Sequence[Question]) -> dict[st
         by_text[question.text][question.answer] += 1
         by_category[question.category][question.answer] += 1
     levels = {}
-    for category in CATEGORIES:
-        asked = [q for q in test if q.category == category]
+    for group, asked in groups.items():
         if not asked:
             continue
-        if not by_category[category]:
-            raise SceneQAError(
-                f"no training question is about {category}, so its chance level is unknown; write more training scenes"
-            )
-        guesses = [(by_text[q.text] or by_category[category]).most_common(1)[0][0] for q in asked]
+        for category in dict.fromkeys(q.category for q in asked):
+            if not by_category[category]:
+                raise SceneQAError(
+                    f"no training question is about {category}, so its chance level is unknown; "
+                    "write more training scenes"
+                )
+        guesses = [(by_text[q.text] or by_category[q.category]).most_common(1)[0][0] for q in asked]
         most = Counter(q.answer for q in asked).most_common(1)[0][1]
-        levels[category] = BlindLevel(
+        levels[group] = BlindLevel(
             questions=len(asked),
             chance=sum(
-                1 / len(by_form[category, q.template] or by_category[category]) for q in asked
+                1 / len(by_form[q.category, q.template] or by_category[q.category]) for q in asked
             )
             / len(asked),
             majority=most / len(asked),

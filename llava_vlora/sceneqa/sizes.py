@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from llava_vlora.errors import VLoRAError
 
 CATEGORIES = ("color", "shape", "digit", "position", "relation", "counting", "existence")
+#: Asked in training where objects lie freely; in tests it belongs to the hard ones.
+TWO_STEP = "two-step relation"
+#: What the hard test of such a size asks.
+HARD_CATEGORIES = ("free position", TWO_STEP, "small digit")
 DIGITS = tuple("0123456789")
 
 
@@ -28,13 +34,7 @@ class TrainingRecipe:
         finetune_batch: samples per finetuning step.
         finetune_lr: learning rate of the language model in finetuning.
         projector_lr: learning rate of the projector in finetuning.
-        vlora_dim: width of VLoRA's generator.
-        vlora_depth: number of blocks of VLoRA's generator.
-        vlora_heads: attention heads of VLoRA's generator.
-        vlora_rank: rank of the generated weights.
-        vlora_alpha: scale numerator, the deltas are scaled by alpha / rank.
-        vlora_type: projections that receive generated weights.
-        skip_layers: every how many layers the generated weights are applied.
+        generators: for each kind of generator, its settings by flag; what is not stated has its default.
     """
 
     train_images: int
@@ -46,13 +46,11 @@ class TrainingRecipe:
     finetune_batch: int
     finetune_lr: float
     projector_lr: float
-    vlora_dim: int
-    vlora_depth: int
-    vlora_heads: int
-    vlora_rank: int
-    vlora_alpha: int
-    vlora_type: str
-    skip_layers: int
+    generators: Mapping[str, Mapping[str, Any]]
+
+    def settings(self, kind: str) -> dict[str, Any]:
+        """Settings of a kind of generator by flag; one without a row gets its defaults in every layer."""
+        return dict(self.generators.get(kind, {"skip_layers": 1}))
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,10 @@ class SceneSize:
 
     Attributes:
         name: registry name.
-        cells: rows and columns of the object grid.
-        cell_px: side of one grid cell in pixels.
+        family: the size whose vision tower fits, and by whose name a scene's split is decided.
+        layout: ``grid`` if every object has a cell of its own, ``free`` if it lies anywhere.
+        cells: rows and columns of the object grid; of a free layout, of the places in captions.
+        cell_px: side of one grid cell in pixels; an object has as much room in either layout.
         patch_px: patch side of the matching CLIP tower in pixels.
         regions: rows and columns of named regions ("top left"), divides ``cells``.
         min_objects: fewest objects in a scene.
@@ -74,6 +74,8 @@ class SceneSize:
     """
 
     name: str
+    family: str
+    layout: Literal["grid", "free"]
     cells: int
     cell_px: int
     patch_px: int
@@ -84,6 +86,16 @@ class SceneSize:
     shapes: tuple[str, ...]
     turns: int
     recipe: TrainingRecipe
+
+    @property
+    def tower(self) -> str:
+        """Folder of the vision tower among the package's assets."""
+        return f"clip_{self.family}"
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """What training asks about."""
+        return CATEGORIES if self.layout == "grid" else (*CATEGORIES, TWO_STEP)
 
     @property
     def image_px(self) -> int:
@@ -98,10 +110,23 @@ class SceneSize:
 
 _COLORS = ("red", "green", "blue", "yellow", "purple", "white")
 _SHAPES = ("circle", "square", "triangle", "cross")
+#: Settings of the paper's generator, and of fast weights, for models as small as these.
+_PAPER: dict[str, Any] = {
+    "vlora_depth": 2,
+    "vlora_heads": 16,
+    "vlora_rank": 32,
+    "vlora_alpha": 32,
+    "vlora_type": "qkvom",
+    "skip_layers": 1,
+}
+_FAST: dict[str, Any] = {"vlora_dim": 128, "skip_layers": 1}
 
-SIZES: dict[str, SceneSize] = {
+#: The sizes that have a vision tower of their own.
+GRIDS: dict[str, SceneSize] = {
     "small": SceneSize(
         name="small",
+        family="small",
+        layout="grid",
         cells=4,
         cell_px=14,
         patch_px=14,
@@ -121,17 +146,13 @@ SIZES: dict[str, SceneSize] = {
             finetune_batch=32,
             finetune_lr=2e-3,
             projector_lr=1e-3,
-            vlora_dim=128,
-            vlora_depth=2,
-            vlora_heads=16,
-            vlora_rank=32,
-            vlora_alpha=32,
-            vlora_type="qkvom",
-            skip_layers=1,
+            generators={"vlora": _PAPER | {"vlora_dim": 128}, "vlora_fast": _FAST},
         ),
     ),
     "full": SceneSize(
         name="full",
+        family="full",
+        layout="grid",
         cells=6,
         cell_px=28,
         patch_px=14,
@@ -151,15 +172,15 @@ SIZES: dict[str, SceneSize] = {
             finetune_batch=16,
             finetune_lr=1e-3,
             projector_lr=1e-3,
-            vlora_dim=256,
-            vlora_depth=2,
-            vlora_heads=16,
-            vlora_rank=32,
-            vlora_alpha=32,
-            vlora_type="qkvom",
-            skip_layers=1,
+            generators={"vlora": _PAPER | {"vlora_dim": 256}, "vlora_fast": _FAST},
         ),
     ),
+}
+
+#: All sizes; a ``-free`` one differs from its family in where objects lie and in what is asked.
+SIZES: dict[str, SceneSize] = {
+    **GRIDS,
+    **{f"{n}-free": replace(s, name=f"{n}-free", layout="free") for n, s in GRIDS.items()},
 }
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +12,7 @@ from ..benchmarks import find
 from ..demo.process import progress_bar
 from ..errors import ConfigError, listing
 from ..evaluation.files import alone, write_json, write_text
-from ..sceneqa import write_dataset, write_pope
+from ..sceneqa import write_benchmarks
 from . import results, state, tables
 from .flags import lost_files
 from .plan import Run, Step, plan
@@ -126,21 +124,17 @@ class Sweep:
         if scenes is None or scenes.root(self.spec.out).exists():
             return
         root = scenes.root(self.spec.out)
-        unfinished = root.with_name(f".{root.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
         with progress_bar(self.console) as progress:
             progress.disable = not self.console.is_terminal
             task = progress.add_task("draw images", total=scenes.train_images + scenes.test_images)
-            write_dataset(
-                unfinished / "sceneqa",
+            write_benchmarks(
+                root,
                 scenes.size,
                 scenes.seed,
                 scenes.train_images,
                 scenes.test_images,
                 progress=lambda done, _: progress.update(task, completed=done),
             )
-        write_pope(unfinished, scenes.size, scenes.seed, scenes.test_images)
-        os.replace(unfinished, root)
 
     def _say(self, text: str, style: str = "") -> None:
         self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

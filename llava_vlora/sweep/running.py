@@ -14,12 +14,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from ..demo.process import Children, Job, TrainerProgress, progress_bar, run_job
+from ..demo.process import Children, Job, TrainerProgress, progress_bar, run_job, tied
 from ..errors import ConfigError, VLoRAError
 from . import state
 from .plan import Step
 
-_CHILD = Path(__file__).with_name("child.py")
 #: What processes get to end by themselves after Ctrl-C.
 _GRACE = 30.0
 #: Steps that one hopes to be reported about in a log of the trainer; LLaVA's default.
@@ -131,10 +130,7 @@ class _Schedule:
         step.log.parent.mkdir(parents=True, exist_ok=True)
         with step.log.open("a", encoding="utf-8") as log:
             log.write(f"# {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(step.command)}\n")
-        command = list(step.command)
-        if os.name == "posix":
-            lock = str(step.state.with_suffix(".lock"))
-            command = [sys.executable, str(_CHILD), lock, str(os.getpid()), *command]
+        command = tied(step.command, step.state.with_suffix(".lock"))
         flags = step.flags or {}
         total = max(1, int(flags.get("max_steps", "-1")))
         every = int(float(flags.get("logging_steps", _LOGGING_STEPS)))

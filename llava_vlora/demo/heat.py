@@ -46,15 +46,6 @@ def heat_uri(path: Path, attention: Sequence[float]) -> str:
     return png_uri(Image.blend(base, heat, _OPACITY))
 
 
-def mean_over_types(look: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
-    """Attention ``[T, K, V]`` -> ``[K, V]``, mean over the weight types."""
-    count = len(look)
-    return [
-        [sum(values) / count for values in zip(*layer, strict=True)]
-        for layer in zip(*look, strict=True)
-    ]
-
-
 def peak_over_even(attention: Sequence[float]) -> float:
     """Largest share of a patch relative to even attention: 1 where all patches are alike."""
     return max(attention) * len(attention) / (sum(attention) or 1.0)

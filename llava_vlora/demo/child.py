@@ -1,6 +1,6 @@
 """Becomes the command of a step: ``python child.py LOCK PARENT COMMAND...``; run as a file, it imports nothing heavy.
 
-A step must not go on when its sweep was killed, and the same step of the next sweep must not write to its folder
+A step must not go on when what started it was killed, and the same step of the next run must not write to its folder
 before it has ended. The lock is held by the command itself and by all processes that it forks.
 """
 
@@ -24,14 +24,14 @@ def become(lock: str, parent: int, command: Sequence[str]) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
-        raise SystemExit("The sweep has ended before its step began.")
+        raise SystemExit("What started this step has ended before it began.")
     held = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     end = time.monotonic() + _PATIENCE
     while not _locked(held):
         if time.monotonic() > end:
             holder = os.read(held, 20).decode() or "unknown"
             raise SystemExit(
-                f"Process {holder} of an earlier sweep still works on this step; end it."
+                f"Process {holder} of an earlier run still works on this step; end it."
             )
         time.sleep(0.2)
     os.truncate(held, 0)
