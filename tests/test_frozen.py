@@ -23,7 +23,7 @@ from llava_vlora.integration.lora_merging import merge_lora
 from tests.test_llava_generation import answer, pictures, prompt
 from tests.test_lora import WATCH
 from tests.test_resume import DIE, DIE_SAVING, assert_same
-from tests.tiny import VLORA_FLAGS, training_command
+from tests.tiny import training_command
 from tests.two_stacks import RUN, Finished, run_modules, run_processes, succeeded
 
 pytestmark = pytest.mark.slow
@@ -36,12 +36,9 @@ Place = tuple[Path, Path, Path]
 
 
 def line(place: Place, out: Path, projector: str, **more: object) -> list[str]:
-    """The launcher's arguments for a frozen run with a generator that fits the tiny models."""
-    fits = KINDS[projector].config.names() if projector in KINDS else {}
-    shape = {flag: value if flag in fits else None for flag, value in VLORA_FLAGS.items()}
-    flags = {**FROZEN, **shape, **more}
-    stage = str(flags.pop("stage", "finetune"))
-    given = training_command(stage, *place, out, projector, **flags)
+    """The launcher's arguments for a frozen run; fast weights have their own types, which can be exported."""
+    flags = {**FROZEN, **({"vlora_type": "vo"} if projector == "vlora_fast" else {}), **more}
+    given = training_command("finetune", *place, out, projector, **flags)
     return ["--seed", "3", "llava.train.train", *given]
 
 
@@ -221,6 +218,18 @@ def test_merging_makes_a_model_that_needs_no_base(
     assert torch.equal(text_logits(merged), text_logits(apart))
     config = json.loads((out / "config.json").read_text())
     assert not {"vlora_freeze_llm", "vlora_base"} & config.keys()
+
+
+@pytest.mark.parametrize("projector", PROJECTORS)
+def test_lora_beside_it_merges(
+    runs: tuple[Path, Mapping[str, Finished]], projector: str, llm_dir: Path, tmp_path: Path
+) -> None:
+    seen(runs, f"{projector}-lora")
+    lora, out = runs[0] / f"{projector}-lora", tmp_path / "merged"
+    assert main(["merge-lora", str(lora), "--base", str(llm_dir), "--out", str(out)]) == 0
+    merged, apart = load(str(out)).model, load(str(lora), str(llm_dir)).model
+    torch.testing.assert_close(image_logits(merged), image_logits(apart), rtol=0, atol=1e-4)
+    assert not torch.equal(text_logits(merged), text_logits(load(str(llm_dir)).model))
 
 
 @pytest.mark.parametrize("projector", GENERATORS)

@@ -168,7 +168,10 @@ def grid_positions(across: int, dim: int) -> Tensor:
 
     Wavelengths run geometrically from 4 vectors to 4 times the side, so that neighbours differ and no two places agree.
     """
-    with torch.inference_mode(False), torch.device("cpu"):  # kept for calls of any kind and on any device
+    with (
+        torch.inference_mode(False),
+        torch.device("cpu"),
+    ):  # kept for calls of any kind and on any device
         return _waves(across, dim)
 
 
