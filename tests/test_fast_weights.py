@@ -413,7 +413,7 @@ def end(losses: list[float]) -> float:
 
 
 #: The loss of answers that ignore the image, and what 50 steps should bring it below.
-CHANCE, LEARNT = math.log(KEYS), 0.6 * math.log(KEYS)
+CHANCE, LEARNT = math.log(KEYS), 0.4 * math.log(KEYS)
 
 
 @pytest.mark.parametrize(
@@ -426,10 +426,10 @@ def test_fifty_steps_lower_the_loss_at_any_size(patches: int, dim: int) -> None:
     assert end(losses) < LEARNT
 
 
-@pytest.mark.parametrize("alpha", [100.0, 0.01])
-def test_a_scale_that_is_far_off_learns_nothing(alpha: float) -> None:
+@pytest.mark.parametrize(("dim", "alpha"), [(256, 100.0), (128, 0.01)])
+def test_a_scale_that_is_far_off_learns_too_little(dim: int, alpha: float) -> None:
     """Otherwise the test above could not fail."""
-    assert end(learn(144, 256, alpha)) > 0.8 * CHANCE
+    assert end(learn(144, dim, alpha)) > 1.4 * LEARNT
 
 
 def test_it_trains_in_bfloat16() -> None:
