@@ -38,7 +38,7 @@ _GATHER_FROM = 64
 _READ = 2.25
 #: ``scale = alpha * _GAIN / (D sqrt(P))``: with Adam, a step of rate lr moves what is written by about
 #: ``lr * D * scale * |z|^2 / D`` and P vectors of any sign add up as ``sqrt(P)``, so steps are alike at all P and D.
-_GAIN = 100.0
+_GAIN = 200.0
 
 
 @dataclass(frozen=True, kw_only=True)
