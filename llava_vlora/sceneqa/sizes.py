@@ -119,7 +119,7 @@ _PAPER: dict[str, Any] = {
     "vlora_type": "qkvom",
     "skip_layers": 1,
 }
-_FAST: dict[str, Any] = {"vlora_dim": 128, "skip_layers": 1}
+_FAST: dict[str, Any] = {"vlora_dim": 128, "skip_layers": 2}
 
 #: The sizes that have a vision tower of their own.
 GRIDS: dict[str, SceneSize] = {
