@@ -138,7 +138,7 @@ def test_logits_are_those_of_the_dense_differences(types: str, llm_dir: Path) ->
         pairs = {place: (torch.eye(d.shape[1]).to(d), d) for place, d in deltas.items()}
         expected = reference.logits(state, config, ids, torch.arange(len(ids)).double(), pairs)
         # transformers' norms, softmax and RoPE compute in float32 in a float64 model too.
-        torch.testing.assert_close(found[row], expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(found[row].double(), expected, rtol=0, atol=1e-4)
         assert (expected - base).abs().max() > 0.1
 
 
