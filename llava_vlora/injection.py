@@ -130,10 +130,10 @@ class _Seen:
         self.groups: dict[int, str] = dict.fromkeys(weights.layers, alike) if len(alike) > 1 else {}
         self.bridge = None
         if leaves:
-            core = {} if self.core is None else {"core": (self.core,)}
-            self.bridge = Bridge({**self.factors, **core})
-            self.factors = dict(self.bridge.leaves)
-            self.core = self.factors.pop("core", (None,))[0]
+            core = () if self.core is None else (self.core,)
+            self.bridge = Bridge({**self.factors, None: core})
+            leaf = self.bridge.leaves.pop(None)
+            self.factors, self.core = self.bridge.leaves, leaf[0] if leaf else None
 
     def add(self, place: _Place, x: Tensor, output: Tensor) -> Tensor:
         """``output + (x a) b^T``, with the core between, for ``x [N, L, I]`` and ``output [N, L, O]``."""

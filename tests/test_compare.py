@@ -108,6 +108,64 @@ def test_scores_and_pairs_by_hand(tmp_path: Path) -> None:
     assert found["disagreements"] == 4
 
 
+def test_types_of_question_have_intervals(tmp_path: Path) -> None:
+    found = toy(tmp_path, images=10)["categories"]["odd"]
+    # Wilson's of 4 and of 0 out of 5.
+    assert found["intervals"]["llava"] == pytest.approx([37.6, 96.4], abs=0.05)
+    assert found["intervals"]["llava, blind"] == pytest.approx([0, 43.4], abs=0.05)
+
+
+def test_models_have_names_for_people(tmp_path: Path) -> None:
+    write_scores(tmp_path, CREDIT, images=10)
+    write_cost(tmp_path, "llava", 2e6, turns=None)
+    write_cost(tmp_path, "vlora", 1e6, turns=None)
+    (tmp_path / "titles.json").write_text(json.dumps({"vlora": "VLoRA, 8 layers"}))
+    comparison = build(tmp_path)
+    assert comparison["rows"] == ["llava", "VLoRA, 8 layers", "llava, blind"]
+    assert list(comparison["costs"]) == ["llava", "VLoRA, 8 layers"]
+    assert (tmp_path / "cards" / "VLoRA,-8-layers.md").is_file()
+    (row, *_) = disagreements(read_results(tmp_path), "toy")
+    assert list(row["answers"]) == comparison["rows"]
+    assert any("VLoRA, 8 layers needs 0.50 times the FLOPs" in x for x in findings(comparison))
+    page = (tmp_path / "report.html").read_text()
+    assert "timed one after the other" in page
+    assert "<td>MFLOPs to the first token</td><td>2</td><td>1</td>" in page
+    assert (
+        "| Kept for an image while decoding, KiB | 2.0 | 1.0 |"
+        in (tmp_path / "comparison.md").read_text()
+    )
+
+
+def write_cost(folder: Path, model: str, flops: float, **more: Any) -> None:
+    time = {"first_token": flops / 1e9, "per_token": 0.001}
+    ranges = {f"{part}_range": [0.001, 0.002] for part in time}
+    cost = {
+        "question": "?",
+        "convention": "",
+        "sequence": 10,
+        "flops": dict.fromkeys(("first_token", "vision", "connector", "prefill", "decode"), flops),
+        "flops_blind": 1e5,
+        "time": {**time, **ranges},
+        "image_bytes": flops / 1e6 * 1024,
+        "connector": 5,
+        "parameters": 7,
+        "memory": {"weights": 1, "peak_beyond_weights": 1},
+        "device": {"type": "cpu"},
+    }
+    (folder / f"{model}.cost.json").write_text(json.dumps(cost | more))
+
+
+def test_costs_of_an_older_run_are_read(tmp_path: Path) -> None:
+    """Without what is kept for an image and the size of the connector."""
+    write_scores(tmp_path, CREDIT, images=10)
+    write_cost(tmp_path, "llava", 2e6)
+    file = tmp_path / "llava.cost.json"
+    old = {n: v for n, v in json.loads(file.read_text()).items() if n[:5] not in ("image", "conne")}
+    file.write_text(json.dumps(old))
+    build(tmp_path)
+    assert "Kept for an image while" not in (tmp_path / "report.html").read_text()
+
+
 def test_questions_about_one_image_count_as_one(tmp_path: Path) -> None:
     """Images 0 to 4 have two questions each: sums of the differences 1, 1, 1, 0, -1."""
     pair = toy(tmp_path)["pairs"][0]
@@ -295,6 +353,12 @@ def test_compare_leaves_everything_side_by_side(compared: Path) -> None:
     assert llava["sequence"] == vlora["sequence"] + 16  # patches of the tiny tower
     assert vlora["text_tokens"] == llava["text_tokens"]
     assert llava["flops_blind"] < vlora["flops"]["first_token"]
+    # Keys and values of 16 patches in 4 layers of 64 channels, and factors, in float32.
+    assert llava["image_bytes"] == 2 * 4 * 64 * 16 * 4
+    assert vlora["image_bytes"] == 4 * vlora["flops"]["image_values"]
+    assert llava["connector"] == 32 * 64 + 64 + 64 * 64 + 64
+    assert llava["turns"] == vlora["turns"] == ["llava", "vlora"]
+    assert "timed in turns" in (compared / "report.html").read_text()
     assert (compared / "plots" / "tradeoff.png").is_file()
     results = read_results(compared)
     row = Row("vlora", True)
@@ -327,6 +391,16 @@ def test_costs_of_one_folder_are_of_one_question(
     (after,) = {cost["question"] for cost in read(out)["costs"].values()}
     assert before.startswith("Is there a")
     assert "given choices" in after
+
+
+def test_models_too_large_to_be_loaded_together_are_timed_one_after_the_other(
+    compared: Path, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(compared, tmp_path / "out")
+    monkeypatch.setattr("llava_vlora.evaluation.comparing._TOGETHER", 1)
+    assert main([*flags, "--out", str(out)]) == 0
+    assert [cost["turns"] for cost in read(out)["costs"].values()] == [None, None]
+    assert "timed one after the other" in (out / "report.html").read_text()
 
 
 def test_another_model_of_the_same_name_is_refused(

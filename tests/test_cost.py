@@ -6,9 +6,9 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -37,16 +37,10 @@ from llava_vlora.evaluation.cost import (
     projector_macs,
     vision_shape,
 )
-from llava_vlora.generators import (
-    KINDS,
-    FastWeightsConfig,
-    FastWeightsGenerator,
-    Kind,
-    PerceptualWeightsGenerator,
-    register,
-)
+from llava_vlora.generators import KINDS, PerceptualWeightsGenerator
 from llava_vlora.injection import seeing
 from llava_vlora.integration.fresh import random_models
+from tests import toy_generator
 
 CLIP = CLIPVisionConfig(
     hidden_size=48,
@@ -308,22 +302,13 @@ def test_fast_weights_at_7b() -> None:
     assert learned < fast["bytes"]["connector"] / 2 < learned + 10e6 < 200e6
 
 
-class Toy(FastWeightsGenerator):
-    """A third kind, registered from outside."""
-
-
-@dataclass(frozen=True)
-class ToyConfig(FastWeightsConfig):
-    kind: ClassVar[str] = "toy"
-
-
 @pytest.fixture
 def toy() -> Iterator[None]:
-    register(Kind("toy", "Toy of mine", ToyConfig, Toy))
+    toy_generator.register()
     try:
         yield
     finally:
-        del KINDS["toy"]
+        KINDS.pop(toy_generator.NAME, None)
 
 
 @pytest.mark.usefixtures("toy")
@@ -334,9 +319,30 @@ def test_a_third_kind_of_generator_has_its_column(
     monkeypatch.setenv("COLUMNS", "120")
     assert main(["cost", "--json", str(target), "--figure", str(tmp_path / "cost.png")]) == 0
     shown = capsys.readouterr().out
-    assert "Toy of mine: vo in 8 of 32 layers, dim 256" in shown
-    assert row(shown, "next token: low-rank")[-3:] == ["0.04194", "0.06921", "0.06921"]
-    assert list(json.loads(target.read_text())["models"]) == ["llava", "vlora", "vlora_fast", "toy"]
+    label = KINDS[toy_generator.NAME].label
+    assert f"{label}: vo in 8 of 32 layers, pool_width 8" in shown
+    assert len(row(shown, "next token: low-rank")) == 5 + 3
+    models = json.loads(target.read_text())["models"]
+    assert list(models) == ["llava", "vlora", "vlora_fast", toy_generator.NAME]
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_third_kind_of_generator_is_measured_and_estimated(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    command = (
+        f"bench --projector {toy_generator.NAME} --rounds 1 --steps 2 --batch 1 --out {tmp_path}"
+    )
+    assert main([*command.split(), "--parts", "prefill,decode,image,memory,visual"]) == 0
+    found = json.loads((tmp_path / "tiny-cpu-float32.json").read_text())
+    assert f"{toy_generator.NAME}/merged" in found["systems"]
+    assert found["memory"]["image"][toy_generator.NAME]["known"] > 0
+    command = (
+        f"bench train --projector {toy_generator.NAME} --rounds 1 --text-tokens 8 --out {tmp_path}"
+    )
+    assert main(command.split()) == 0
+    assert main("estimate --model 7b --stage frozen".split()) == 0
+    assert KINDS[toy_generator.NAME].label.split()[0] in capsys.readouterr().out
 
 
 # --- the paper's figure ------------------------------------------------------------------------------

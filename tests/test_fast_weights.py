@@ -136,9 +136,7 @@ def test_logits_are_those_of_the_dense_differences(types: str, llm_dir: Path) ->
         )
         # The reference takes factors: delta_W = b a^T with the identity for a.
         pairs = {place: (torch.eye(d.shape[1]).to(d), d) for place, d in deltas.items()}
-        expected = reference.logits(
-            state, config, ids, torch.arange(len(ids)).double(), pairs
-        )
+        expected = reference.logits(state, config, ids, torch.arange(len(ids)).double(), pairs)
         # transformers' norms, softmax and RoPE compute in float32 in a float64 model too.
         torch.testing.assert_close(found[row], expected, rtol=0, atol=1e-4)
         assert (expected - base).abs().max() > 0.1
@@ -371,7 +369,7 @@ def test_keys_round_trip() -> None:
 
 # --- learning ----------------------------------------------------------------------------------------
 
-KEYS, READ = 8, 64
+KEYS, READ = 4, 64
 
 
 def learn(
@@ -379,14 +377,12 @@ def learn(
 ) -> list[float]:
     """Losses of 50 steps of a task of binding, at a rate of 1e-3.
 
-    Each quarter of an image shows a key and a value, both one of 8, behind some noise; a hidden state asks for a key,
+    Each quarter of an image shows a key and a value, both one of 4, behind some noise; a hidden state asks for a key,
     and what the weights write to it is read by a frozen linear layer, which should tell the value.
     """
     torch.manual_seed(0)
     config = FastWeightsConfig(dim=dim, depth=1, heads=4, every=1, types="v", alpha=alpha)
-    generator = FastWeightsGenerator(
-        config, DecoderShape(1, {"v": READ}, {"v": READ}), 32, patches
-    )
+    generator = FastWeightsGenerator(config, DecoderShape(1, {"v": READ}, {"v": READ}), 32, patches)
     generator.train().to(dtype)
     shown = torch.randn(2, KEYS, 32)
     asked, read = torch.randn(KEYS, READ), torch.randn(KEYS, READ) / math.sqrt(READ)
@@ -396,8 +392,8 @@ def learn(
     optimizer = torch.optim.Adam(generator.parameters(), lr=1e-3)
     losses = []
     for _ in range(50):
-        key = torch.stack([torch.randperm(KEYS)[:4] for _ in range(8)])
-        value = torch.randint(KEYS, (8, 4))
+        key = torch.stack([torch.randperm(KEYS) for _ in range(8)])
+        value = torch.randint(KEYS, (8, KEYS))
         image = (shown[0, key] + shown[1, value])[:, quarter]
         weights = generator(image + 0.3 * torch.randn_like(image))
         factor, core = weights.factors["v"], weights.core
@@ -414,3 +410,27 @@ def learn(
 def end(losses: list[float]) -> float:
     """The mean of the last five losses."""
     return sum(losses[-5:]) / 5
+
+
+#: The loss of answers that ignore the image, and what 50 steps should bring it below.
+CHANCE, LEARNT = math.log(KEYS), 0.4 * math.log(KEYS)
+
+
+@pytest.mark.parametrize(
+    ("patches", "dim"),
+    [(16, 128), (16, 256), (16, 512), (144, 128), (144, 256), (576, 128), (576, 256)],
+)
+def test_fifty_steps_lower_the_loss_at_any_size(patches: int, dim: int) -> None:
+    losses = learn(patches, dim)
+    assert losses[0] > 0.9 * CHANCE
+    assert end(losses) < LEARNT
+
+
+@pytest.mark.parametrize(("dim", "alpha"), [(256, 100.0), (128, 0.01)])
+def test_a_scale_that_is_far_off_learns_too_little(dim: int, alpha: float) -> None:
+    """Otherwise the test above could not fail."""
+    assert end(learn(144, dim, alpha)) > 1.4 * LEARNT
+
+
+def test_it_trains_in_bfloat16() -> None:
+    assert end(learn(16, 128, dtype=torch.bfloat16)) < LEARNT

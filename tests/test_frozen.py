@@ -17,13 +17,15 @@ from transformers import AutoModelForCausalLM
 from llava_vlora.cli import main
 from llava_vlora.errors import CheckpointError
 from llava_vlora.generators import KINDS
+from llava_vlora.ima.scores import magnitude_scores
+from llava_vlora.ima.selecting import make_mask
 from llava_vlora.integration.api import load
 from llava_vlora.integration.checkpoint import projector_state, read_tensors
 from llava_vlora.integration.lora_merging import merge_lora
 from tests.test_llava_generation import answer, pictures, prompt
-from tests.test_lora import WATCH
+from tests.test_lora import QUANTISES, WATCH
 from tests.test_resume import DIE, DIE_SAVING, assert_same
-from tests.tiny import VLORA_FLAGS, training_command
+from tests.tiny import training_command
 from tests.two_stacks import RUN, Finished, run_modules, run_processes, succeeded
 
 pytestmark = pytest.mark.slow
@@ -36,12 +38,9 @@ Place = tuple[Path, Path, Path]
 
 
 def line(place: Place, out: Path, projector: str, **more: object) -> list[str]:
-    """The launcher's arguments for a frozen run with a generator that fits the tiny models."""
-    fits = KINDS[projector].config.names() if projector in KINDS else {}
-    shape = {flag: value if flag in fits else None for flag, value in VLORA_FLAGS.items()}
-    flags = {**FROZEN, **shape, **more}
-    stage = str(flags.pop("stage", "finetune"))
-    given = training_command(stage, *place, out, projector, **flags)
+    """The launcher's arguments for a frozen run; fast weights have their own types, which can be exported."""
+    flags = {**FROZEN, **({"vlora_type": "vo"} if projector == "vlora_fast" else {}), **more}
+    given = training_command("finetune", *place, out, projector, **flags)
     return ["--seed", "3", "llava.train.train", *given]
 
 
@@ -73,7 +72,22 @@ def runs(
             add(f"{projector}-{life}", projector, first, out=f"{projector}-broken", save_steps=2)
         add(f"{projector}-last", projector, out=f"{projector}-broken", save_steps=2)
     add("unfrozen", "vlora", out="vlora", vlora_freeze_llm=False)
+    mask = make_mask(magnitude_scores(AutoModelForCausalLM.from_pretrained(place[0])), 0.5)
+    mask.save(folder / "mask.safetensors")
+    add("pruned", "vlora_fast", WATCH, vlora_prune_mask=folder / "mask.safetensors")
+    add("features", "vlora_fast", WATCH, vlora_features=store_features(place, folder / "features"))
+    if QUANTISES:
+        add("quantised", "vlora_fast", WATCH, bits=4)
     return folder, run_modules(commands, folder, before)
+
+
+def store_features(place: Place, folder: Path) -> Path:
+    """What the vision tower makes of the images of stage 2."""
+    _, tower, data = place
+    command = ["features", str(data / "finetune.json"), "--image-folder", str(data / "images")]
+    command += ["--vision-tower", str(tower), "--image-aspect-ratio", "pad", "--device", "cpu"]
+    assert main([*command, "--dtype", "float32", "--out", str(folder)]) == 0
+    return folder
 
 
 def seen(runs: tuple[Path, Mapping[str, Finished]], name: str) -> dict[str, Any]:
@@ -177,6 +191,34 @@ def test_a_frozen_run_does_not_go_on_as_another(
     assert "kind frozen, this run has kind full" in done.errors.strip().splitlines()[-1]
 
 
+@pytest.mark.parametrize("how", ["features", *(["quantised"] if QUANTISES else [])])
+def test_it_goes_with_stored_features_and_quantised_weights(
+    runs: tuple[Path, Mapping[str, Finished]], how: str, llm_dir: Path
+) -> None:
+    found = seen(runs, how)
+    assert set(found["trained"]) == {n for n in found["kinds"] if "mm_projector" in n}
+    assert any("vision_tower" in name for name in found["kinds"]) == (how == "quantised")
+    if how == "features":
+        assert runs[1][how].losses() == runs[1]["vlora_fast"].losses()
+    model = load(str(runs[0] / how), str(llm_dir)).model
+    assert torch.equal(text_logits(model), text_logits(load(str(llm_dir)).model))
+
+
+def test_it_repairs_a_pruned_model(
+    runs: tuple[Path, Mapping[str, Finished]],
+    llm_dir: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    found = seen(runs, "pruned")
+    assert set(found["changed"]) <= {n for n in found["kinds"] if "mm_projector" in n}
+    assert runs[1]["pruned"].losses() != runs[1]["vlora_fast"].losses()
+    load(str(runs[0] / "pruned"), str(llm_dir))
+    assert "pruned by mask" in caplog.text
+    with pytest.raises(CheckpointError, match="pruned by mask"):
+        merge_lora(runs[0] / "pruned", str(llm_dir), tmp_path / "merged")
+
+
 # --- what is saved ----------------------------------------------------------------------------------
 
 
@@ -221,6 +263,18 @@ def test_merging_makes_a_model_that_needs_no_base(
     assert torch.equal(text_logits(merged), text_logits(apart))
     config = json.loads((out / "config.json").read_text())
     assert not {"vlora_freeze_llm", "vlora_base"} & config.keys()
+
+
+@pytest.mark.parametrize("projector", PROJECTORS)
+def test_lora_beside_it_merges(
+    runs: tuple[Path, Mapping[str, Finished]], projector: str, llm_dir: Path, tmp_path: Path
+) -> None:
+    seen(runs, f"{projector}-lora")
+    lora, out = runs[0] / f"{projector}-lora", tmp_path / "merged"
+    assert main(["merge-lora", str(lora), "--base", str(llm_dir), "--out", str(out)]) == 0
+    merged, apart = load(str(out)).model, load(str(lora), str(llm_dir)).model
+    torch.testing.assert_close(image_logits(merged), image_logits(apart), rtol=0, atol=1e-4)
+    assert not torch.equal(text_logits(merged), text_logits(load(str(llm_dir)).model))
 
 
 @pytest.mark.parametrize("projector", GENERATORS)

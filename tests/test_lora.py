@@ -24,8 +24,15 @@ from llava_vlora.integration.lora_merging import merge_lora
 from llava_vlora.training import saving
 from tests.test_llava_generation import answer, pictures, prompt
 from tests.test_resume import DIE, assert_same
-from tests.tiny import VLORA_FLAGS, make_vlora, training_command
-from tests.two_stacks import RUN, Finished, run_modules, run_processes, succeeded
+from tests.tiny import GENERATOR_FLAGS, VLORA_FLAGS, training_command
+from tests.two_stacks import (
+    RUN,
+    Finished,
+    run_modules,
+    run_processes,
+    save_noise,
+    succeeded,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt", "ignore:Merge lora module")
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -60,7 +67,7 @@ LLaVATrainer.train = train
 
 
 def flags_of(name: str) -> tuple[str, dict[str, Any]]:
-    """Projector and flags of a run by its name, such as ``vlora-4-bf16``."""
+    """Projector and flags of a run by its name, such as ``fast-4-bf16``."""
     short, bits, *more = name.split("-")
     flags: dict[str, Any] = {"bits": int(bits)}
     if more:
@@ -69,12 +76,18 @@ def flags_of(name: str) -> tuple[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def noise(llm_dir: Path, tower_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A generator in which images matter at once, as stage 1 would leave it."""
-    file = tmp_path_factory.mktemp("noise") / "mm_projector.bin"
-    state = make_vlora(llm_dir, tower_dir).generator.state_dict()
-    torch.save({f"model.mm_projector.{k}": v for k, v in state.items()}, file)
-    return file
+def noises(
+    llm_dir: Path, tower_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Generators of each kind in which images matter at once, as stage 1 would leave them."""
+    folder = tmp_path_factory.mktemp("noise")
+    return {k: save_noise(llm_dir, tower_dir, folder / k, k) for k in GENERATOR_FLAGS}
+
+
+@pytest.fixture(scope="module")
+def noise(noises: dict[str, Path]) -> Path:
+    """The paper's generator among them."""
+    return noises["vlora"]
 
 
 @pytest.fixture(scope="module")
@@ -85,19 +98,21 @@ def place(llm_dir: Path, tower_dir: Path, data_dir: Path) -> tuple[Path, Path, P
 
 @pytest.fixture(scope="module")
 def runs(
-    place: tuple[Path, Path, Path], noise: Path, tmp_path_factory: pytest.TempPathFactory
+    place: tuple[Path, Path, Path],
+    noises: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Path, Mapping[str, Finished]]:
     """Runs of both projectors, quantised and not, and QLoRA runs that are killed and started again."""
     folder, commands, before = tmp_path_factory.mktemp("lora"), {}, {}
 
     def add(name: str, out: Path, stage: str, projector: str, first: str, **more: Any) -> None:
-        start = noise if projector == "vlora" else None
+        start = noises.get(projector)
         flags = {**RUN, **LORA, "pretrain_mm_mlp_adapter": start, **more}
         line = training_command(stage, *place, out, projector, **flags)
         commands[name] = ["--seed", 3, "llava.train.train", *line]
         before[name] = first
 
-    for name in ["vlora-16", "mlp-16", *(QUANTISED if QUANTISES else [])]:
+    for name in ["vlora-16", "fast-16", "mlp-16", *(QUANTISED if QUANTISES else [])]:
         projector, flags = flags_of(name)
         add(name, folder / name, "finetune", projector, WATCH, **flags)
     if QUANTISES:
@@ -300,7 +315,7 @@ def test_lora_of_two_processes_saves_whole_tensors(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("short", ["vlora", "mlp"])
+@pytest.mark.parametrize("short", ["vlora", "fast", "mlp"])
 @pytest.mark.parametrize("part", ["", "checkpoint-4"])
 def test_merged_model_needs_no_base_and_answers_as_before(
     runs: tuple[Path, Mapping[str, Finished]], short: str, part: str, llm_dir: Path, tmp_path: Path

@@ -18,7 +18,6 @@ from llava_vlora.sceneqa import (
     SIZES,
     SceneQAError,
     SceneQAFiles,
-    accuracy,
     load_dataset,
     scene_size,
     score,
@@ -210,20 +209,6 @@ def test_damage_is_named(tmp_path: Path) -> None:
 )
 def test_score(prediction: str, label: str, right: bool) -> None:
     assert score(prediction, label) is right
-
-
-def test_accuracy_per_category() -> None:
-    labels = [
-        {"question_id": 0, "label": "red", "category": "color"},
-        {"question_id": 1, "label": "2", "category": "counting"},
-        {"question_id": 2, "label": "3", "category": "counting"},
-    ]
-    got = accuracy({0: "Red", 1: "2", 2: "1"}, labels)
-    assert got == {"color": 1.0, "counting": 0.5, "overall": pytest.approx(2 / 3)}
-    with pytest.raises(SceneQAError, match="question 2"):
-        accuracy({0: "red", 1: "2"}, labels)
-    with pytest.raises(SceneQAError, match="no rows"):
-        accuracy({}, [])
 
 
 def test_blind_levels_of_known_questions() -> None:

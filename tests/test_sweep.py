@@ -93,7 +93,9 @@ MISTAKES: list[tuple[dict[str, str | None], int, list[str]]] = [
     ({"base": "{mm_projector_type: linear}"}, 5, ["linear has no setting 'vlora_rank'; it has none"]),
     ({"axes": None, "variants": "[{name: a},\n {name: b, mm_projector_type: vlora_fast,\n  vlora_rank: 8}]"}, 7,
      ["vlora_fast has no setting 'vlora_rank'", "'vlora_stride'"]),
-    ({"axes": "{other: {a: {mm_projector_type: vlora_fast,\n pretrain: {\n vlora_window: 0}}}}"}, 5, ["vlora_window", "at least 1"]),
+    ({"axes": "{other: {a: {mm_projector_type: vlora_fast,\n pretrain: {\n vlora_window: 0}}}}"}, 5,
+     ["vlora_window", "at least 1"]),
+    ({"evaluate": "{benchmarks: [sceneqa], blind:\n  [default,\n  rank-8]}"}, 6, ["no variant 'rank-8'", "'default'"]),
     ({"axes": "[]"}, 5, ["`axes`", "key: value"]),
     ({"axes": None, "variants": "[{vlora_rank: 8}]"}, 5, ["needs a `name`"]),
     ({"axes": None, "variants": "[{name: a b}]"}, 5, ["'a b'"]),
@@ -316,6 +318,41 @@ def test_parts_are_evaluated_with_their_base_and_a_given_projector_needs_no_stag
     )
     (tmp_path / "p.bin").write_bytes(b"2")
     assert plan(spec(tmp_path, base=base))[0].finetune.key != run.finetune.key
+
+
+def test_blind_answers_of_some_variants(tmp_path: Path) -> None:
+    found = spec(tmp_path, evaluate="{benchmarks: [sceneqa], blind: [default]}")
+    kinds = {run.variant.name: [step.kind for step in run.evaluations] for run in plan(found)}
+    assert kinds == {"default": ["evaluate", "blind"], "vlora_rank-8": ["evaluate"]}
+    every = spec(tmp_path, evaluate="{benchmarks: [sceneqa], blind: true}")
+    assert all(len(run.evaluations) == 2 for run in plan(every))
+    (table,) = tables.text_tables(results.collect(found, plan(found)))
+    assert table.columns[1:3] == ("SceneQA", "SceneQA, blind")
+
+
+def test_the_evidence_for_fast_weights_is_planned_whole() -> None:
+    small, full = (
+        read_spec(REPO / "eval" / f"sweep-{n}.yaml", KNOWN) for n in ("fast", "fast-full")
+    )
+    assert small.seeds == (0, 1, 2)
+    rows = {b.title: [r.label for r in b.rows] for b in small.blocks}
+    assert rows["connector"] == ["fast weights", "LLaVA", "VLoRA"]
+    assert rows["vlora_type"] == ["vo", "qkvom"]
+    assert rows["windows"] == ["1/1", "3/1", "2/2", "4/2"]
+    # What the default resolves to is not trained twice: 1/1 of 16 patches, 4/2 of 144.
+    defaults = {
+        s: next(r.label for r in f.blocks[-1].rows if r.variant == "default")
+        for s, f in (("s", small), ("f", full))
+    }
+    assert defaults == {"s": "1/1", "f": "4/2"}
+    steps = {
+        (v.flags[s]["max_steps"], v.flags[s]["per_device_train_batch_size"])
+        for v in small.variants
+        for s in STAGES
+    }
+    assert steps == {("300", "32"), ("320", "32")}
+    frozen = [v.name for v in small.variants if "vlora_freeze_llm" in v.flags["finetune"]]
+    assert len(frozen) == 3
 
 
 # --- what is left to do -----------------------------------------------------------------------------

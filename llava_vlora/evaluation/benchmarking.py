@@ -183,8 +183,7 @@ def weights_of(evaluation: Evaluation) -> str:
     Raises:
         ConfigError: The model reads no images, and is to see some.
     """
-    tower = None
-    checkpoint = evaluation.checkpoint
+    tower, checkpoint = None, evaluation.checkpoint
     if checkpoint is not None:
         if evaluation.see and not checkpoint.multimodal:
             raise ConfigError(
@@ -214,10 +213,10 @@ def _changed(
 
 
 def _advance(progress: Progress, task: TaskID, name: str, done: int, total: int) -> None:
-    """Move the bar; where there is none, and a name, say each tenth for the log."""
-    before = progress.tasks[task].completed
+    """Move the bar; where there is none, say each tenth of what has a name."""
+    tenths = 10 * progress.tasks[task].completed // total
     progress.update(task, completed=done, total=total)
-    if progress.disable and name and 10 * done // total > 10 * before // total:
+    if progress.disable and name and 10 * done // total > tenths:
         progress.console.print(f"{name}: {done} of {total} answered", soft_wrap=True)
 
 
@@ -270,13 +269,12 @@ def _open(
 def _write(
     evaluation: Evaluation, benchmark: Benchmark, samples: Sequence[Sample], score: Score, key: str
 ) -> None:
-    checkpoint = evaluation.checkpoint
     stated: dict[str, Any] = {
         "benchmark": benchmark.name,
         "title": benchmark.title,
         "citation": benchmark.citation,
         "model": {"name": evaluation.label, "path": evaluation.model, "base": evaluation.base},
-        "vlora": checkpoint is not None and checkpoint.vlora,
+        "vlora": bool(evaluation.checkpoint and evaluation.checkpoint.vlora),
         "run": key,
         "variant": None if evaluation.variant is None else evaluation.variant.key,
         "asking": asdict(evaluation.asking(benchmark)) | {"bits": evaluation.bits},

@@ -38,7 +38,7 @@ _GATHER_FROM = 64
 _READ = 2.25
 #: ``scale = alpha * _GAIN / (D sqrt(P))``: with Adam, a step of rate lr moves what is written by about
 #: ``lr * D * scale * |z|^2 / D`` and P vectors of any sign add up as ``sqrt(P)``, so steps are alike at all P and D.
-_GAIN = 100.0
+_GAIN = 200.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +154,7 @@ class Grid:
     def back(self, shares: Tensor) -> Tensor:
         """What each vector has, ``[..., vectors]``, given to the patches of its stride, ``[..., patches]``."""
         first, cells = torch.split_with_sizes(shares, [self.rest, self.across**2], dim=-1)
-        square = cells.unflatten(-1, (self.across, self.across))
+        square = cells.reshape(*cells.shape[:-1], self.across, self.across)
         for dim in (-2, -1):
             square = square.repeat_interleave(self.stride, dim=dim)
         square = square[..., : self.side, : self.side]
@@ -168,7 +168,10 @@ def grid_positions(across: int, dim: int) -> Tensor:
 
     Wavelengths run geometrically from 4 vectors to 4 times the side, so that neighbours differ and no two places agree.
     """
-    with torch.inference_mode(False), torch.device("cpu"):  # kept for calls of any kind and on any device
+    with (
+        torch.inference_mode(False),
+        torch.device("cpu"),
+    ):  # kept for calls of any kind and on any device
         return _waves(across, dim)
 
 

@@ -136,7 +136,7 @@ def _load_multimodal(
 
 def _require_same_base(checkpoint: Checkpoint, model: Any) -> None:
     """Refuse another language model than a projector was trained beside in stage 2."""
-    if checkpoint.config.get(FROZEN_KEY):
+    if checkpoint.config.get(FROZEN_KEY) and MASK_KEY not in checkpoint.config:
         described, advice = checkpoint.config.get("vlora_base"), "give that one as --model-base"
         reason = other_base(model, described, pruned=True, advice=advice)
         if reason:

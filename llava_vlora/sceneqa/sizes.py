@@ -145,7 +145,7 @@ GRIDS: dict[str, SceneSize] = {
             finetune_steps=640,
             finetune_batch=32,
             finetune_lr=2e-3,
-            projector_lr=1e-3,
+            projector_lr=2e-3,
             generators={"vlora": _PAPER | {"vlora_dim": 128}, "vlora_fast": _FAST},
         ),
     ),
