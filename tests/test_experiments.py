@@ -101,7 +101,6 @@ def test_a_sweep_becomes_a_result_and_a_page(swept: Path, tmp_path: Path) -> Non
     assert prompts == [sample.row_prompt for sample in asked[:12]]
     for part in (
         "| fast weights (default) |",
-        "| frozen |",
         "LLaVA, blind",
         "Every run ended.",
         "never",
