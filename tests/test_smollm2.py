@@ -15,6 +15,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from llava_vlora.integration.tokenising import TokenSettings, tokenising
+from llava_vlora.integration.trainer_flags import trainer_flags
+from llava_vlora.sweep.spec import read_spec
 from tests.tiny import make_vlora
 from tests.two_stacks import save_noise
 
@@ -204,3 +206,16 @@ def test_the_text_is_long_and_the_same_each_time() -> None:
     again = "".join(text for text, _ in zip(perplexity.documentation(), range(40), strict=False))
     assert first == again
     assert len(first) > 40 * perplexity.SHORTEST
+
+
+# --- the experiment --------------------------------------------------------------------------------
+
+
+def test_the_sweep_trains_on_it_frozen_and_not() -> None:
+    found = read_spec(SCRIPTS.parent / "eval" / "sweep-smollm2.yaml", trainer_flags())
+    stage = {v.name: v.flags["finetune"] for v in found.variants}
+    assert list(stage) == ["LLaVA", "LLaVA-frozen", "fast", "fast-frozen"]
+    for name, flags in stage.items():
+        assert flags["model_name_or_path"] == "runs/smollm2"
+        assert ("vlora_freeze_llm" in flags) == name.endswith("frozen")
+        assert (flags["mm_projector_type"] == "vlora_fast") == name.startswith("fast")
