@@ -203,7 +203,8 @@ def fast_deltas(
 ) -> dict[tuple[str, int], Tensor]:
     """The dense ``delta_W [O, I]`` of one image: the sum over its vectors of ``(W z) (U z)^T``, scaled."""
     z = fast_vectors(state, config, features)
-    scale = (config["vlora_alpha"] or 1.0) * 100 / (config["vlora_dim"] * math.sqrt(len(z)))
+    size = len(layers) * config["vlora_dim"] * math.sqrt(len(z))
+    scale = (config["vlora_alpha"] or 1.0) * 400 / size
     found = {}
     for letter in config["vlora_type"]:
         for j, layer in enumerate(layers):

@@ -36,9 +36,10 @@ _MLP_RATIO = 4
 _GATHER_FROM = 64
 #: Length of what ``U`` reads from a hidden state whose numbers are of unit size, at the start.
 _READ = 2.25
-#: ``scale = alpha * _GAIN / (D sqrt(P))``: with Adam, a step of rate lr moves what is written by about
-#: ``lr * D * scale * |z|^2 / D`` and P vectors of any sign add up as ``sqrt(P)``, so steps are alike at all P and D.
-_GAIN = 200.0
+#: ``scale = alpha * _GAIN / (K D sqrt(P))``. With Adam, a step of rate lr moves each number that is written, so what a
+#: layer adds moves with ``D``; what K layers add adds up; and P vectors of any sign add up as ``sqrt(P)``. Divided by
+#: these, steps are alike at all sizes.
+_GAIN = 400.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,7 +310,8 @@ class FastWeightsGenerator(Generator):
     def scale(self) -> float:
         """What ``z.T z`` is multiplied by."""
         alpha = 1.0 if self.config.alpha is None else self.config.alpha
-        return alpha * _GAIN / (self.config.dim * math.sqrt(self.grid.vectors))
+        width = len(self.layers) * self.config.dim
+        return alpha * _GAIN / (width * math.sqrt(self.grid.vectors))
 
     def latents(self, features: Tensor) -> dict[str, Tensor]:
         """Vectors ``z [B, P, D]`` whose outer products add up to the image, the scale inside.
