@@ -23,13 +23,14 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from llava_vlora.cli import main
+from llava_vlora.demo import child
 from llava_vlora.demo.plan import STAGES
 from llava_vlora.errors import CheckpointError, ConfigError
 from llava_vlora.evaluation.files import alone
 from llava_vlora.generators import KINDS
 from llava_vlora.integration.trainer_flags import trainer_flags
 from llava_vlora.sceneqa import scene_size
-from llava_vlora.sweep import child, results, state, tables
+from llava_vlora.sweep import results, state, tables
 from llava_vlora.sweep.flags import meaning
 from llava_vlora.sweep.pipeline import Sweep
 from llava_vlora.sweep.plan import Run, Step, plan

@@ -46,7 +46,7 @@ GENERATOR_FLAGS: dict[str, dict[str, Any]] = {
         "vlora_dim": 32,
         "vlora_depth": 1,
         "vlora_heads": 4,
-        "vlora_alpha": 0.1,  # weights of noise as large as those of the paper's generator
+        "vlora_alpha": 0.05,  # weights of noise as large as those of the paper's generator
         "skip_layers": 2,
     },
 }
