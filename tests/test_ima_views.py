@@ -53,7 +53,7 @@ LENGTHS = (9, 9, 7)
 @pytest.fixture(scope="module")
 def model(kind: str, llm_dir: Path, tower_dir: Path) -> Any:
     """A VLoRA model of each kind with every weight type, of rank 4, whose generator answers to images."""
-    small = {"vlora_fast": {"vlora_dim": 4, "vlora_heads": 2, "vlora_alpha": 0.5}}.get(kind, {})
+    small = {"vlora_fast": {"vlora_dim": 4, "vlora_heads": 2, "vlora_alpha": 0.25}}.get(kind, {})
     model = make_vlora(llm_dir, tower_dir, kind, vlora_type="qkvomgud", **small)
     if small:  # a norm without a bias leaves one direction out, which shows in a width of 4
         torch.nn.init.normal_(model.generator.norm.bias)
