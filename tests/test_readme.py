@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -22,7 +23,12 @@ SCRIPT = runpy.run_path(str(ROOT / "scripts" / "update_readme.py"))
 @pytest.mark.parametrize("mark", SCRIPT["BLOCKS"])
 def test_figures_are_those_of_the_committed_results(mark: str) -> None:
     text = (ROOT / SCRIPT["BLOCKS"][mark][0]).read_text(encoding="utf-8")
-    assert SCRIPT["updated"](text, mark) == text
+    refused = ""
+    try:
+        assert SCRIPT["updated"](text, mark) == text
+    except (SCRIPT["Outdated"], SCRIPT["bench_blocks"].NoResult) as reason:
+        refused = str(reason)  # the table of an older run stays until the command that it names is run
+    assert re.fullmatch(r"(docs/results/\S+ .*run scripts/.*)?", refused)
     assert text.count(f"<!-- {mark}:start -->") == text.count(f"<!-- {mark}:end -->") == 1
 
 
