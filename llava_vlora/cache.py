@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from .errors import CheckpointError, ConfigError
 from .generators import Generator
-from .weights import PerceptualWeights, digest, read_tensors
+from .tensor_files import digest, read_tensors
+from .weights import PerceptualWeights
 
 _log = logging.getLogger(__name__)
 _VERSION = "1"

@@ -5,7 +5,6 @@ Shapes: B images, K injected layers, I input width, O output width, R rank (the 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError, WeightsError, listing
+from .low_rank import spectrum, truncated, wide
+from .tensor_files import digest, read_tensors
 
 _FORMAT = "llava-vlora perceptual weights"
 #: Version 1 has factors alone, version 2 a core between them.
@@ -251,7 +252,10 @@ class PerceptualWeights:
         """
         self._check_rank(rank)
         if self.core is None:
-            factors = {letter: _truncated(factor, rank) for letter, factor in self.factors.items()}
+            factors = {
+                letter: Factors(*truncated(factor.a, factor.b, rank))
+                for letter, factor in self.factors.items()
+            }
             return PerceptualWeights(factors, self.layers, self.present)
         left, values, right = torch.linalg.svd(wide(self.core))
         root = values[:, None, :rank].sqrt()
@@ -274,7 +278,7 @@ class PerceptualWeights:
         if self.core is not None:
             spectra = [torch.linalg.svdvals(wide(self.core))[:, None]]
         else:
-            spectra = [_small(factor)[1] for factor in self.factors.values()]
+            spectra = [spectrum(factor.a, factor.b)[1] for factor in self.factors.values()]
         lost = torch.stack([v[..., rank:].square().sum((-2, -1)) for v in spectra]).sum(0)
         total = torch.stack([v.square().sum((-2, -1)) for v in spectra]).sum(0)
         return (lost / total.clamp(min=torch.finfo(total.dtype).tiny)).expand(len(self))
@@ -360,48 +364,5 @@ class PerceptualWeights:
         return PerceptualWeights(factors, self.layers, function(self.present), core)
 
 
-def read_tensors(
-    path: str | Path, device: torch.device | str = "cpu"
-) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a safetensors file; ``CheckpointError`` if it is missing or damaged."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(path), framework="pt", device=str(device)) as file:
-            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read as perceptual weights: {error}.") from error
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Hash of named tensors, 32 hexadecimal digits: names, dtypes, shapes and bytes."""
-    total = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):  # one after the other: they may be mapped from a file
-        tensor = tensors[name]
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-        total.update(raw.numpy().data)
-    return total.hexdigest()
-
-
 def _row(factor: Tensor, row: int) -> Tensor:
     return factor[row] if factor.ndim == 4 else factor
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """In float32, or float64 where it is that already: differences and products of half precision lose too much."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _small(factor: Factors) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Left vectors, values and right vectors of ``b @ a.T`` in the bases of both factors, and these bases."""
-    (reads, small_a), (writes, small_b) = (torch.linalg.qr(wide(t)) for t in (factor.a, factor.b))
-    left, values, right = torch.linalg.svd(small_b @ small_a.mT, full_matrices=False)
-    return left, values, right, reads, writes
-
-
-def _truncated(factor: Factors, rank: int) -> Factors:
-    left, values, right, reads, writes = _small(factor)
-    a = reads @ right.mT[..., :rank] * values[..., None, :rank]
-    b = writes @ left[..., :rank]
-    return Factors(a.to(factor.a.dtype), b.expand(*a.shape[:-2], -1, -1).to(factor.b.dtype))

@@ -143,7 +143,7 @@ def test_logits_are_those_of_the_dense_differences(types: str, llm_dir: Path) ->
 
 
 def test_places_have_codes_of_their_own_and_of_one_length() -> None:
-    from llava_vlora.generators.fast import grid_positions
+    from llava_vlora.generators.gathering import grid_positions
 
     for across, dim in ((2, 16), (4, 32), (12, 128), (24, 256)):
         code = grid_positions(across, dim)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from llava_vlora import PerceptualWeightsGenerator, VLoRAConfig
 from llava_vlora.decoder import DecoderShape, decoder_shape
 from llava_vlora.errors import ConfigError, ImageError
-from llava_vlora.generators.paper import CrossAttention
+from llava_vlora.generators.decoder_block import CrossAttention
 
 PUBLIC = Path(__file__).parent / "data/official_vlora_tiny/qkvom_every2/model/model.safetensors"
 PATCHES, VISUAL, WIDTH = 16, 32, 64

@@ -13,7 +13,6 @@ Shapes: B images, V patches, P vectors, D width, K injected layers, I/O input an
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,8 +25,10 @@ from torch.nn import functional as F
 from ..config import GeneratorConfig, setting
 from ..decoder import DecoderShape
 from ..errors import ConfigError, listing
-from ..weights import Factors, PerceptualWeights, wide
+from ..low_rank import wide
+from ..weights import Factors, PerceptualWeights
 from .base import Generator, linear_counts, norm_counts
+from .gathering import Gather, Grid, grid_positions
 
 Positions = Literal["grid", "learned"]
 
@@ -97,120 +98,16 @@ class FastWeightsConfig(GeneratorConfig):
         window = self.window if self.window is not None else (1 if stride == 1 else 2 * stride)
         return replace(self, stride=stride, window=window)
 
-
-@dataclass(frozen=True)
-class Grid:
-    """How the patches of an image become vectors."""
-
-    side: int
-    """Rows and columns of patches."""
-    window: int
-    stride: int
-    rest: int = 0
-    """1 where the tower hands its class token over, which comes first and has no place."""
-
-    @classmethod
-    def of(cls, config: FastWeightsConfig, num_patches: int) -> Grid:
-        """The grid of ``num_patches`` patches.
+    def grid(self, num_patches: int) -> Grid:
+        """How so many patches become vectors.
 
         Raises:
             ConfigError: They form no square, with or without a class token.
         """
-        settings = config.resolved(num_patches)
+        settings = self.resolved(num_patches)
         assert settings.window is not None
         assert settings.stride is not None
-        side = math.isqrt(num_patches)
-        rest = num_patches - side * side
-        if rest not in (0, 1) or side < 1:
-            raise ConfigError(
-                f"{num_patches} patches form no square, with or without a class token; fast weights need to know the "
-                "row and column of each patch."
-            )
-        return cls(side, settings.window, settings.stride, rest)
-
-    @property
-    def across(self) -> int:
-        """Rows and columns of vectors."""
-        return -(-self.side // self.stride)
-
-    @property
-    def vectors(self) -> int:
-        """Vectors of an image."""
-        return self.across**2 + self.rest
-
-    def windows(self, patches: Tensor) -> Tensor:
-        """Patches ``[B, side * side, C]`` -> what each vector sees, ``[B, across * across, C * window * window]``.
-
-        Windows are centred on their stride; beyond the edge of the image there are zeros.
-        """
-        if self.window == 1:
-            return patches
-        batch, _, width = patches.shape
-        before = (self.window - self.stride) // 2
-        after = (self.across - 1) * self.stride + self.window - before - self.side
-        image = patches.mT.reshape(batch, width, self.side, self.side)
-        padded = F.pad(image, (before, after, before, after))
-        return F.unfold(padded, self.window, stride=self.stride).mT
-
-    def back(self, shares: Tensor) -> Tensor:
-        """What each vector has, ``[..., vectors]``, given to the patches of its stride, ``[..., patches]``."""
-        first, cells = torch.split_with_sizes(shares, [self.rest, self.across**2], dim=-1)
-        square = cells.reshape(*cells.shape[:-1], self.across, self.across)
-        for dim in (-2, -1):
-            square = square.repeat_interleave(self.stride, dim=dim)
-        square = square[..., : self.side, : self.side]
-        square = square / square.sum((-2, -1), keepdim=True) * cells.sum(-1)[..., None, None]
-        return torch.cat([first, square.flatten(-2)], dim=-1)
-
-
-@functools.cache
-def grid_positions(across: int, dim: int) -> Tensor:
-    """Sine and cosine of row and column, ``[across * across, dim]``, each number of unit size.
-
-    Wavelengths run geometrically from 4 vectors to 4 times the side, so that neighbours differ and no two places agree.
-    """
-    with (
-        torch.inference_mode(False),
-        torch.device("cpu"),
-    ):  # kept for calls of any kind and on any device
-        return _waves(across, dim)
-
-
-def _waves(across: int, dim: int) -> Tensor:
-    count = -(-dim // 4)
-    span = torch.linspace(0, 1, count) if count > 1 else torch.zeros(1)
-    rates = math.pi / 2 * float(max(across, 1)) ** -span
-    angles = torch.arange(across)[:, None] * rates
-    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
-    rows = waves[:, None].expand(-1, across, -1)
-    columns = waves[None].expand(across, -1, -1)
-    return torch.cat([rows, columns], dim=-1).flatten(0, 1)[:, :dim].contiguous()
-
-
-class Gather(nn.Linear):
-    """What a vector sees of its window of patches, ``C * window * window`` numbers, as one vector.
-
-    What binds must lie in one vector, and a window is wide enough for what lies across strides. At first a vector is
-    made of the patches of its stride alone: with all patches of a window weighted alike, what is in the middle is a
-    small part of the vector and takes long to be found.
-    """
-
-    def __init__(self, width: int, dim: int, grid: Grid) -> None:
-        """For patches of ``width``."""
-        self.grid = grid  # before the weights are made: ZeRO-3 takes them away as soon as they are
-        super().__init__(width * grid.window**2, dim)
-
-    def reset_parameters(self) -> None:
-        """As a linear layer of the patches of the stride, which stand in the middle."""
-        nn.init.zeros_(self.weight)
-        window, stride = self.grid.window, self.grid.stride
-        first = (window - stride) // 2
-        middle = slice(first, first + stride)
-        bound = (self.in_features / window**2 * stride**2) ** -0.5
-        with torch.no_grad():
-            kernel = self.weight.view(self.out_features, -1, window, window)
-            kernel[..., middle, middle].uniform_(-bound, bound)
-        nn.init.uniform_(self.bias, -bound, bound)
+        return Grid.of(num_patches, settings.window, settings.stride)
 
 
 class Block(nn.Module):
@@ -280,7 +177,7 @@ class FastWeightsGenerator(Generator):
             ConfigError: The injected layers do not fit the decoder, or the patches form no square.
         """
         super().__init__(config.resolved(num_patches), shape, visual_dim, num_patches)
-        self.grid = grid = Grid.of(config, num_patches)
+        self.grid = grid = config.grid(num_patches)
         dim = config.dim
         self.norm_in = nn.LayerNorm(visual_dim)
         self.gather = Gather(visual_dim, dim, grid)
@@ -386,7 +283,7 @@ class FastWeightsGenerator(Generator):
         cls, config: FastWeightsConfig, shape: DecoderShape, visual_dim: int, num_patches: int
     ) -> dict[str, int]:
         """Parameters by name."""
-        dim, grid = config.dim, Grid.of(config, num_patches)
+        dim, grid = config.dim, config.grid(num_patches)
         injected = len(config.layers(shape.num_layers))
         found = norm_counts("norm_in", visual_dim)
         found |= linear_counts("gather", visual_dim * grid.window**2, dim)
@@ -414,7 +311,7 @@ class FastWeightsGenerator(Generator):
         cls, config: FastWeightsConfig, shape: DecoderShape, visual_dim: int, num_patches: int
     ) -> int:
         """MACs of one image: gathering, blocks, gate and ``z.T z``."""
-        dim, grid = config.dim, Grid.of(config, num_patches)
+        dim, grid = config.dim, config.grid(num_patches)
         count = grid.vectors
         gathered = grid.across**2 * visual_dim * grid.window**2 * dim
         gathered += grid.rest * visual_dim * dim
@@ -449,7 +346,7 @@ class FastWeightsGenerator(Generator):
         cls, config: FastWeightsConfig, shape: DecoderShape, visual_dim: int, num_patches: int
     ) -> int:
         """Numbers kept of an image."""
-        dim, grid = config.dim, Grid.of(config, num_patches)
+        dim, grid = config.dim, config.grid(num_patches)
         seen = num_patches * visual_dim + grid.across**2 * visual_dim * grid.window**2
         # Norms (their inputs and outputs), q, k, v, what attention gives, and the MLP's two inner tensors.
         block = (2 + 2 + 3 + 1 + 2 * _MLP_RATIO) * dim

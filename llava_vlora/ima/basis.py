@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import IMAError
-from ..weights import PerceptualWeights, wide
+from ..low_rank import wide
+from ..weights import PerceptualWeights
 from .layout import Batch, View, Watch
 from .states import Example, collect
 from .views import Measured, Running, perceptual_weights

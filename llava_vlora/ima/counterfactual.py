@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..decoder import decoder_layers
 from ..errors import IMAError
-from ..weights import PerceptualWeights, wide
+from ..low_rank import wide
+from ..weights import PerceptualWeights
 from .layout import Batch, Role, View, where
 from .similarity import median
 from .states import POINTS, Example, Key, collect

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, IMAError
-from ..weights import digest
+from ..tensor_files import digest
 from .linears import Place, block_linears, probed, same_model, shapes
 
 _FORMAT, _VERSION = "llava-vlora mask", 1

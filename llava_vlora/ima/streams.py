@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..decoder import TARGETS, decoder_layers
-from ..weights import PerceptualWeights, wide
+from ..low_rank import wide
+from ..weights import PerceptualWeights
 from .layout import Batch, Watch, run
 from .similarity import median
 from .states import place, watch

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from ..errors import IMAError, listing
 from ..integration.checkpoint import inspect_checkpoint
-from ..weights import digest
+from ..tensor_files import digest
 from .basis import BasisResult, BasisView
 from .runs import Found, Run
 from .streams import StreamView

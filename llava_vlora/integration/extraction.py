@@ -30,7 +30,7 @@ from ..data.feature_index import DTYPES, Recipe, Stored, bytes_digest
 from ..data.feature_writer import FeatureWriter
 from ..data.pool import WorkerError, interrupts_held
 from ..errors import CheckpointError, ConfigError, FeaturesError
-from ..weights import digest, read_tensors
+from ..tensor_files import digest, read_tensors
 from .checkpoint import WEIGHT_FILES
 from .checkpoint import read_tensors as read_bin
 from .images import image_batch

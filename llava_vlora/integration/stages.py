@@ -8,7 +8,7 @@ from typing import Any
 
 from ..config import DERIVED_KEYS, check_derived
 from ..errors import CheckpointError, ConfigError
-from ..generators import KINDS
+from ..generators import KINDS, Kind
 from .base_model import describe_base, other_base
 from .checkpoint import is_vlora, load_projector, read_json, read_tensors
 from .flags import Request, check_starts_trained
@@ -49,20 +49,7 @@ def initialize_generator(model: Any, arguments: Any, fsdp: Any) -> None:
         model.config.update({**settings.to_keys(), **_derived(given), **named})
         model.build_generator(where)
     else:
-        settings = model.mm_projector.config
-        if settings.kind != kind.name:
-            raise ConfigError(
-                f"The checkpoint that training starts from has --mm_projector_type {settings.kind}, the command line "
-                f"asks for {kind.name}; give the checkpoint's."
-            )
-        keys = {**settings.to_keys(), **given}
-        wanted = kind.config.from_keys(keys, where="The command line")
-        if wanted != settings:
-            raise ConfigError(
-                f"The checkpoint that training starts from has {settings.to_keys()}, "
-                f"the command line asks for {given}; leave the --vlora_* flags out to continue with the checkpoint's."
-            )
-        check_derived(given, model.config.to_dict(), where="The command line")
+        _check_goes_on(model, kind, given)
     if stage1 is not None:
         _check_same(
             stage1,
@@ -98,6 +85,24 @@ def check_made_alike(arguments: Any) -> None:
             f"{stage1} was made with --mm_projector_type {made_as}, and this run has {wanted}. Both stages need the "
             "same: change the flag, or give the projector file of another run."
         )
+
+
+def _check_goes_on(model: Any, kind: Kind, given: dict[str, Any]) -> None:
+    """Refuse flags that ask for another generator than that of the checkpoint which training starts from."""
+    settings = model.mm_projector.config
+    if settings.kind != kind.name:
+        raise ConfigError(
+            f"The checkpoint that training starts from has --mm_projector_type {settings.kind}, the command line "
+            f"asks for {kind.name}; give the checkpoint's."
+        )
+    keys = {**settings.to_keys(), **given}
+    wanted = kind.config.from_keys(keys, where="The command line")
+    if wanted != settings:
+        raise ConfigError(
+            f"The checkpoint that training starts from has {settings.to_keys()}, "
+            f"the command line asks for {given}; leave the --vlora_* flags out to continue with the checkpoint's."
+        )
+    check_derived(given, model.config.to_dict(), where="The command line")
 
 
 def _check_same(
