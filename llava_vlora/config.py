@@ -7,7 +7,7 @@ public VLoRA code are the same string (``vlora_dim``, ``skip_layers``, ...).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from .errors import ConfigError, listing
@@ -37,7 +37,7 @@ def setting(default: Any, key: str, help: str, *, shape: bool = False) -> Any:
     return field(default=default, metadata={"key": key, "help": help, "shape": shape})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GeneratorConfig:
     """What every generator has: where its weights go. A kind of generator adds its own settings."""
 
@@ -101,6 +101,10 @@ class GeneratorConfig:
         """The settings with all that follows from the number of patches of an image."""
         return self
 
+    def spelt_out(self) -> Self:
+        """The same settings with what None stands for, where no model is needed to tell."""
+        return self
+
     def to_keys(self) -> dict[str, Any]:
         """The settings under their flag names, as stored in ``config.json``."""
         keys = {key: getattr(self, name) for key, name in self.names().items()}
@@ -161,7 +165,7 @@ class GeneratorConfig:
             raise ConfigError(f"vlora_alpha must be positive or absent, not {alpha!r}.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VLoRAConfig(GeneratorConfig):
     """Settings of the paper's generator and of where its weights go (paper section 3, defaults of section 4.1)."""
 
@@ -189,6 +193,10 @@ class VLoRAConfig(GeneratorConfig):
         self._positive_alpha(self.alpha)
         if not isinstance(self.separate, bool):  # the text "False" would count as true
             raise ConfigError(f"weights_sep must be True or False, not {self.separate!r}.")
+
+    def spelt_out(self) -> VLoRAConfig:
+        """The same settings with alpha spelt out."""
+        return replace(self, alpha=float(self.rank if self.alpha is None else self.alpha))
 
     @property
     def scale(self) -> float:

@@ -29,7 +29,7 @@ def export_adapter(
     ``A = a^T [R, I]`` and ``B = b [O, R]`` of :class:`~llava_vlora.weights.PerceptualWeights`.
 
     Args:
-        weights: Perceptual weights of one or more images.
+        weights: Perceptual weights of one or more images; ``weights.truncate(rank)`` for an adapter of a lower rank.
         out: Folder to write.
         llm: Name or folder of the plain language model that the adapter is for.
         row: Which image.

@@ -130,10 +130,10 @@ class _Seen:
         self.groups: dict[int, str] = dict.fromkeys(weights.layers, alike) if len(alike) > 1 else {}
         self.bridge = None
         if leaves:
-            core = {} if self.core is None else {"core": (self.core,)}
-            self.bridge = Bridge({**self.factors, **core})
-            self.factors = dict(self.bridge.leaves)
-            self.core = self.factors.pop("core", (None,))[0]
+            core = () if self.core is None else (self.core,)
+            self.bridge = Bridge({**self.factors, None: core})
+            leaf = self.bridge.leaves.pop(None)
+            self.factors, self.core = self.bridge.leaves, leaf[0] if leaf else None
 
     def add(self, place: _Place, x: Tensor, output: Tensor) -> Tensor:
         """``output + (x a) b^T``, with the core between, for ``x [N, L, I]`` and ``output [N, L, O]``."""
@@ -142,8 +142,11 @@ class _Seen:
             return output + (F.linear(low, b) if b.ndim == 2 else low @ b.mT)
         if b.ndim == 2:
             # Shared by all rows: one product for the whole batch, added as it is written.
-            flat = torch.addmm(output.flatten(0, 1), low.flatten(0, 1), b.T)
-            return flat.view_as(output)
+            rows, length, width = output.shape
+            flat = torch.addmm(
+                output.reshape(rows * length, width), low.reshape(rows * length, -1), b.T
+            )
+            return flat.view(rows, length, width)
         return torch.baddbmm(output, low, b.mT)
 
     def _low(self, place: _Place, x: Tensor) -> Tensor:
@@ -167,8 +170,11 @@ class _Seen:
         if self.core is None:
             return low
         core = self._fit(self.core, low)
+        if types == 1:
+            return low @ core
         if core.ndim == 2 or low.ndim != 3:
-            return (low.unflatten(-1, (types, -1)) @ core).flatten(-2)
+            apart = low.reshape(*low.shape[:-1], types, -1)
+            return (apart @ core).flatten(-2)
         rows, length, width = low.shape
         apart = low.view(rows, length * types, width // types)
         return torch.bmm(apart, core).view(rows, length, width)
@@ -194,6 +200,8 @@ class _Seen:
                     f"The input has {x.shape[0]} rows, but the perceptual weights in use are for {self.rows}; "
                     "give one row of weights for each row of the batch, or a single row for all."
                 )
+        if times == 1 and factor.dtype == x.dtype and factor.device == x.device:
+            return factor
         if factor.requires_grad:
             return _convert(factor, x, times)
         key = (factor.data_ptr(), times, x.device, x.dtype, torch.is_inference_mode_enabled())

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Stage 2 with QLoRA: LoRA on a language model of 4 bits (BITS=8 for 8), for one small GPU.
-# MM_PROJECTOR_TYPE=vlora|mlp2x_gelu scripts/finetune_qlora.sh
+# MM_PROJECTOR_TYPE=vlora|vlora_fast|mlp2x_gelu scripts/finetune_qlora.sh
 # What else can be set: see scripts/recipe.sh. Lines that differ from LLaVA's scripts/v1_5/finetune_lora.sh say why.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
@@ -17,7 +17,7 @@ need "folder IMAGES" "$IMAGES"
 need "file PRETRAINED of stage 1" "$PRETRAINED"
 ACCUMULATION=$(accumulation "$GLOBAL_BATCH")
 
-# train_mem below the launcher of this package instead of train_mem.py: it registers the projector type vlora.
+# train_mem below the launcher of this package instead of train_mem.py: it registers the generators.
 # save_steps: every 1000 instead of 50000, because a run that breaks should not start again.
 train \
     --lora_enable True --lora_r 128 --lora_alpha 256 --mm_projector_lr 2e-5 \

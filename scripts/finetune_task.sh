@@ -15,7 +15,7 @@ need "file DATA" "$DATA"
 need "folder IMAGES" "$IMAGES"
 ACCUMULATION=$(accumulation "$GLOBAL_BATCH")
 
-# train_mem below the launcher of this package instead of train_mem.py: it registers the projector type vlora.
+# train_mem below the launcher of this package instead of train_mem.py: it registers the generators.
 # save_steps: every 1000 instead of 50000, because a run that breaks should not start again.
 train \
     --deepspeed "$SCRIPTS/zero3.json" \

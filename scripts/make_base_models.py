@@ -46,7 +46,7 @@ from llava_vlora.sceneqa.dataset import conversation, describe
 from llava_vlora.sceneqa.questions import QuestionSampler
 from llava_vlora.sceneqa.render import render
 from llava_vlora.sceneqa.scene import Scene, sample_scene
-from llava_vlora.sceneqa.sizes import DIGITS, SIZES, SceneSize, scene_size
+from llava_vlora.sceneqa.sizes import DIGITS, GRIDS, SceneSize, scene_size
 
 ASSETS = Path(__file__).resolve().parent.parent / "llava_vlora" / "assets"
 QUESTION_FRAMES = (
@@ -120,14 +120,14 @@ def make_tokenizer(out: Path, seed: int) -> str:
     """
     rng = random.Random(seed)
     lines = [SYSTEM]
-    for size in SIZES.values():
+    for size in GRIDS.values():
         for _ in range(3000):
             scene = sample_scene(size, rng, "train")
             talk = conversation(QuestionSampler(rng).draw(scene, size.turns), describe(scene))
             lines += [turn["value"] for turn in talk]
     cells = {f"{letter}{number}" for letter in "abcdef" for number in range(1, 7)}
     phrases = [SYSTEM, "USER:", "ASSISTANT:", *QUESTION_FRAMES, *sorted(cells), *DIGITS]
-    phrases += [f"{size.cells}x{size.cells} scene:" for size in SIZES.values()]
+    phrases += [f"{size.cells}x{size.cells} scene:" for size in GRIDS.values()]
     words = sorted({w for line in lines for w in re.findall("[A-Za-z]+", line)} - set(DIGITS))
     pieces = ["▁" + phrase.replace(" ", "▁") for phrase in phrases]
     pieces += [frame.replace(" ", "▁") for frame in QUESTION_FRAMES]
@@ -380,7 +380,7 @@ def main() -> None:
     """Reads the command line and makes one part."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("part", choices=("tokenizer", "llm", "tower"))
-    parser.add_argument("--size", choices=tuple(SIZES), default="small", help="scene size (tower)")
+    parser.add_argument("--size", choices=tuple(GRIDS), default="small", help="scene size (tower)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="optimiser steps instead of the default")
     parser.add_argument("--out", type=Path, default=ASSETS)

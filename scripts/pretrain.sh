@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Stage 1: the generator (or LLaVA's projector) alone learns from captions; everything else is frozen.
-# MM_PROJECTOR_TYPE=vlora|mlp2x_gelu scripts/pretrain.sh
+# MM_PROJECTOR_TYPE=vlora|vlora_fast|mlp2x_gelu scripts/pretrain.sh
 # What else can be set: see scripts/recipe.sh. Lines that differ from LLaVA's scripts/v1_5/pretrain.sh say why.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
@@ -13,7 +13,7 @@ PER_DEVICE=${PER_DEVICE:-32}
 if [[ $MM_PROJECTOR_TYPE == vlora ]]; then
     GLOBAL_BATCH=${GLOBAL_BATCH:-768}            # the paper's; LLaVA takes 256
     LEARNING_RATE=${LEARNING_RATE:-5e-5}         # the paper's; LLaVA's 1e-3 is for a projector of two layers
-else
+else                                             # LLaVA's; for fast weights none are published
     GLOBAL_BATCH=${GLOBAL_BATCH:-256}
     LEARNING_RATE=${LEARNING_RATE:-1e-3}
 fi
@@ -21,7 +21,7 @@ need "file DATA" "$DATA"
 need "folder IMAGES" "$IMAGES"
 ACCUMULATION=$(accumulation "$GLOBAL_BATCH")
 
-# train_mem below the launcher of this package instead of train_mem.py: it registers the projector type vlora.
+# train_mem below the launcher of this package instead of train_mem.py: it registers the generators.
 # save_steps: every 2000 instead of 24000, because a run that breaks should not start again.
 train \
     --deepspeed "$SCRIPTS/zero2.json" \

@@ -1,7 +1,8 @@
 # Shared by the training recipes beside it; sourced, not run.
 #
 # What a recipe can be told through the environment:
-#   MM_PROJECTOR_TYPE  vlora (default) or mlp2x_gelu: the one difference between the two models
+#   MM_PROJECTOR_TYPE  vlora (default), vlora_fast or mlp2x_gelu: the one difference between the models
+#   VLORA_DIM, VLORA_TYPE, SKIP_LAYERS, ...   settings of the generator in stage 1, named as its flags
 #   LAUNCHER           deepspeed (default), torchrun, or python for one process without either
 #   GPUS               processes on this machine (default: the GPUs that nvidia-smi lists, or 1)
 #   NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several machines with torchrun; under SLURM slurm.sh sets them.
@@ -22,11 +23,6 @@ fail() {
     echo "$(basename "$0"): $*" >&2
     exit 2
 }
-
-case $MM_PROJECTOR_TYPE in
-    vlora | mlp2x_gelu) ;;
-    *) fail "MM_PROJECTOR_TYPE is '$MM_PROJECTOR_TYPE'; choose vlora or mlp2x_gelu" ;;
-esac
 
 if [[ -z ${GPUS:-} ]]; then
     GPUS=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
@@ -91,12 +87,19 @@ train() {
     fi
 }
 
-# The generator of the paper, for stage 1; later stages read it from the folder of the one before.
-GENERATOR=()
+# The generator, for stage 1; later stages read it from the folder of the one before. Of the paper's, all settings are
+# stated; of others, those that were set. LLaVA's projectors have none.
 if [[ $MM_PROJECTOR_TYPE == vlora ]]; then
-    GENERATOR=(
-        --vlora_dim "${VLORA_DIM:-512}" --vlora_depth "${VLORA_DEPTH:-8}" --vlora_heads "${VLORA_HEADS:-16}"
-        --vlora_rank "${VLORA_RANK:-64}" --vlora_alpha "${VLORA_ALPHA:-64}" --vlora_type "${VLORA_TYPE:-qkvom}"
-        --skip_layers "${SKIP_LAYERS:-4}"
-    )
+    VLORA_DIM=${VLORA_DIM:-512} VLORA_DEPTH=${VLORA_DEPTH:-8} VLORA_HEADS=${VLORA_HEADS:-16}
+    VLORA_RANK=${VLORA_RANK:-64} VLORA_ALPHA=${VLORA_ALPHA:-64} VLORA_TYPE=${VLORA_TYPE:-qkvom}
+    SKIP_LAYERS=${SKIP_LAYERS:-4}
 fi
+GENERATOR=()
+case $MM_PROJECTOR_TYPE in
+    linear | identity | mlp*x_gelu) ;;
+    *)
+        for name in $(compgen -v VLORA_) SKIP_LAYERS; do
+            if [[ -n ${!name:-} ]]; then GENERATOR+=("--$(tr '[:upper:]' '[:lower:]' <<<"$name")" "${!name}"); fi
+        done
+        ;;
+esac

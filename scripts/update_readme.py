@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Write the figures of README.md, docs/serving.md and docs/ima.md from committed results: none is typed by hand.
+"""Write the figures of README.md and of pages in docs/ from committed results: none is typed by hand.
 
-scripts/update_readme.py [--demo RUN] [--bench FILE]
+scripts/update_readme.py [--demo RUN]
 
 --demo RUN    first copies RUN/report.json and its main plot (RUN is runs/demo, say)
---bench FILE  first copies a result of llava-vlora bench and the plot beside it (runs/bench/1b-cpu-float32.json, say)
+
+A table whose result is missing or of an older format stays as it is; the result and what writes it are named.
 """
 
 from __future__ import annotations
@@ -15,29 +16,20 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
+import bench_blocks  # noqa: E402
+import experiment_blocks  # noqa: E402
 import ima_blocks  # noqa: E402
 
-from llava_vlora.bench import training_summary as training  # noqa: E402
-from llava_vlora.bench.calls import SYSTEMS  # noqa: E402
-from llava_vlora.bench.summary import groups, mebibytes, precision, ratio, targets  # noqa: E402
 from llava_vlora.comparison.outputs import headline  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results"
 IMAGES = ROOT / "docs" / "images"
 DEMO, DEMO_PLOT = RESULTS / "demo-small.json", IMAGES / "demo-accuracy.png"
-BENCH, BENCH_PLOT = RESULTS / "bench-1b-cpu.json", IMAGES / "bench-1b-cpu.png"
-TRAIN, TRAIN_PLOT = (
-    RESULTS / "bench-train-1b-cpu-bfloat16.json",
-    IMAGES / "bench-train-1b-cpu-bfloat16.png",
-)
-#: Further runs, for the table of targets.
-MORE = {name: RESULTS / f"bench-{name}.json" for name in ("1b-cpu-repeat", "7b-cpu-bfloat16")}
 
 
 class Outdated(Exception):
@@ -57,12 +49,6 @@ def keep_demo(run: Path) -> None:
     }
     DEMO.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     shutil.copyfile(run / "eval" / "plots" / "types-sceneqa.png", DEMO_PLOT)
-
-
-def keep_bench(result: Path) -> None:
-    """Copy a result of the benchmark and its plot into the repository."""
-    shutil.copyfile(result, BENCH)
-    shutil.copyfile(result.with_suffix(".png"), BENCH_PLOT)
 
 
 def demo_block(report: dict[str, Any]) -> list[str]:
@@ -106,142 +92,20 @@ _DEMO_COSTS: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
-def bench_block(result: dict[str, Any]) -> list[str]:
-    """Ratios of the benchmark, and what became of its targets."""
-    shape, options, device = result["shape"], result["options"], result["device"]
-    systems = ("llava", "batched", "merged", "cached")
-    rows = []
-    for part, label in (
-        ("first", "first token, vision included"),
-        ("prefill", "prefill alone"),
-        ("decode", "token"),
-    ):
-        for group in groups(result, part):
-            batch = f", batch {group['text']['batch']}" if part == "decode" else ""
-            cells = [str(ratio(group[s], group["text"])) if s in group else "" for s in systems]
-            rows.append(f"| {label}{batch} | {' | '.join(cells)} |")
-    image = result["memory"]["image"]
-    llava, factors = (
-        mebibytes(image[n]) for n in ("key-value cache, LLaVA", "generated factors, VLoRA")
-    )
-    known = image["latents in the perception cache, VLoRA"] / 1024
-    peaks = result["memory"]["peak_beyond_weights"]
-    rows.append(f"| an image while decoding, MiB | {llava} | {factors} | | {factors} |")
-    rows.append(
-        "| peak beyond the weights, MiB | "
-        + " | ".join(mebibytes(peaks[s]) for s in systems)
-        + " |"
-    )
-    lines = [
-        f"![Time to the first token, decoding speed and growth]({BENCH_PLOT.relative_to(ROOT)})",
-        "",
-        f"`llava-vlora bench --shape {shape['name']}`: random weights in the shape of {shape['what']} and CLIP "
-        f"ViT-L/14-336, {precision(result)}, {device['name']} with {device['threads']} threads, "
-        f"{options['text_tokens']} text tokens. Times as multiples of the plain language model on the same text, which "
-        f"sees no image: median over {options['rounds']} rounds of one run (lowest-highest). "
-        f"[All figures]({BENCH.relative_to(ROOT)}).",
-        "",
-        "| x text only | " + " | ".join(SYSTEMS[s] for s in systems) + " |",
-        "|---|---|---|---|---|",
-        *rows,
-        "",
-        f"Of an image that may be asked about later, {known:.0f} KiB are kept. Rows of a batch show different images, "
-        "except where merged.",
-    ]
-    steps = {c["system"]: median(c["seconds"]) for c in result["cells"] if c["part"] == "image"}
-    (first,) = groups(result, "first")
-    shares = [steps["vision tower"] / median(first[s]["seconds"]) for s in ("batched", "llava")]
-    lines += [
-        "",
-        f"The vision tower, which both models run, is {shares[0]:.0%} of VLoRA's time to the first token and "
-        f"{shares[1]:.0%} of LLaVA's; the generator takes {1000 * steps['generator']:.0f} ms, a merge "
-        f"{1000 * steps['merge']:.0f} ms, taking it out again {1000 * steps['restore']:.1f} ms.",
-        "",
-        *_targets({"1b-cpu": result} | {name: _read(path) for name, path in MORE.items()}),
-    ]
-    return lines
-
-
-def _targets(runs: dict[str, dict[str, Any]]) -> list[str]:
-    """The project's targets in several runs."""
-    named = {
-        f"{run['shape']['name']}, {precision(run)}, {run['options']['rounds']} rounds": (file, run)
-        for file, run in runs.items()
-    }
-    heads = [f"[{name}](docs/results/bench-{file}.json)" for name, (file, _) in named.items()]
-    lines = [f"| target, on a CPU | goal | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
-    found = [targets(run) for _, run in named.values()]
-    for row in zip(*found, strict=True):
-        cells = [f"{t.ratio}{'' if t.met else ' **missed**'}" for t in row]
-        lines.append(f"| {row[0].what} | {row[0].goal} | {' | '.join(cells)} |")
-    return lines
-
-
-def training_block(result: dict[str, Any]) -> list[str]:
-    """Samples per second and memory of training, and what became of its targets."""
-    shape, device = result["shape"], result["device"]
-    lines = [
-        f"![Samples per second and peak memory of both stages]({TRAIN_PLOT.relative_to(ROOT)})",
-        "",
-        f"`llava-vlora bench train --shape {shape['name']}`: whole steps of LLaVA's trainer, vision tower included, on "
-        f"random weights in the shape of {shape['what']} and CLIP ViT-L/14-336, {training.setting(result)}, "
-        f"{device['name']} with {device['threads']} threads; median over {result['options']['rounds']} rounds of one "
-        f"run (lowest-highest). [All figures]({TRAIN.relative_to(ROOT)}).",
-        "",
-        "| stage | | samples/s | x LLaVA | tokens | trained | peak MiB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for stage, cells in training.by_stage(result).items():
-        for system, cell in cells.items():
-            if cell["trained"]:  # a plain language model learns nothing in stage 1
-                speed = "1" if system == "llava" else str(training.speed(cell, cells["llava"]))
-                lines.append(
-                    f"| {training.STAGES[stage].partition(',')[0]} | {training.SYSTEMS[system]} | "
-                    f"{cell['batch'] / median(cell['seconds']):.3g} | {speed} | {cell['tokens']} | "
-                    f"{training.millions(cell['trained'])} | {mebibytes(cell['peak'])} |"
-                )
-    lines += [
-        "",
-        "| target, 1b on a CPU | goal | paper, 7B on 8 GPUs | measured |",
-        "|---|---|---|---|",
-    ]
-    for t in training.targets(result):
-        missed = "" if t.met else " **missed**"
-        lines.append(f"| {t.what} | {t.goal} | {t.paper:.2f} | {t.measured}{missed} |")
-    lines.append("| the same at 7b on a GPU | | | |")
-    return lines
-
-
 def _read(path: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
 
-def quantised_block() -> list[str]:
-    """Memory and speed of quantised language models."""
-    lines = [
-        "| [1b on a CPU](results/README.md) | language model, MiB | a token, ms | beside W, x text only | "
-        "peak to the first token, MiB |",
-        "|---|---|---|---|---|",
-    ]
-    for name in ("1b-cpu", "1b-cpu-8bit", "1b-cpu-4bit"):
-        run = _read(RESULTS / f"bench-{name}.json")
-        group = next(g for g in groups(run, "decode") if g["text"]["batch"] == 1)
-        seconds = 1000 * median(group["batched"]["seconds"])
-        peak = mebibytes(run["memory"]["peak_beyond_weights"]["batched"])
-        size = mebibytes(run["weights"]["language model"])
-        times = ratio(group["batched"], group["text"])
-        lines.append(f"| {precision(run)} | {size} | {seconds:.0f} | {times} | {peak} |")
-    return lines
-
-
 #: Mark -> the document that has it, and what stands there.
 BLOCKS: dict[str, tuple[str, Callable[[], list[str]]]] = {
     "demo": ("README.md", lambda: demo_block(_read(DEMO))),
-    "bench": ("README.md", lambda: bench_block(_read(BENCH))),
-    "training": ("README.md", lambda: training_block(_read(TRAIN))),
-    "quantised": ("docs/serving.md", quantised_block),
+    **bench_blocks.BLOCKS,
     **{mark: ("docs/ima.md", block) for mark, block in ima_blocks.BLOCKS.items()},
+    **{
+        file.stem: ("docs/experiments.md", lambda f=file: experiment_blocks.block(_read(f)))
+        for file in sorted(RESULTS.glob("experiments-*.json"))
+    },
 }
 
 
@@ -259,18 +123,15 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--demo", type=Path, metavar="RUN")
-    parser.add_argument("--bench", type=Path, metavar="FILE")
     args = parser.parse_args()
     if args.demo:
         keep_demo(args.demo)
-    if args.bench:
-        keep_bench(args.bench)
     code = 0
     for mark, (name, _) in BLOCKS.items():
         file = ROOT / name
         try:
             file.write_text(updated(file.read_text(encoding="utf-8"), mark), encoding="utf-8")
-        except Outdated as error:
+        except (Outdated, bench_blocks.NoResult) as error:
             print(f"{name}, {mark}: {error}", file=sys.stderr)
             code = 1
     return code

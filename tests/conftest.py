@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_data, make_llm, make_tower
+from tiny import GENERATOR_FLAGS, make_data, make_llm, make_tower
 
 # A shell starts its background jobs with Ctrl-C ignored, and all their children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -30,6 +30,12 @@ def mistral_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tower_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random CLIP vision tower of 16 patches, with its image processor."""
     return make_tower(tmp_path_factory.mktemp("openai-clip-tiny"))
+
+
+@pytest.fixture(scope="session", params=list(GENERATOR_FLAGS))
+def kind(request: pytest.FixtureRequest) -> str:
+    """Each kind of generator, for what holds for all of them."""
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

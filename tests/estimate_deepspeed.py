@@ -17,7 +17,6 @@ from llava_vlora.bench.shapes import SHAPES
 from llava_vlora.bench.training import TrainBench, TrainOptions
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-SYSTEMS = {"mlp2x_gelu": "llava", "vlora": "vlora"}
 
 
 def total(tensors: Iterable[torch.Tensor | None]) -> int:
@@ -47,7 +46,7 @@ def main() -> None:
     steps = TrainBench(
         TrainOptions(shape, torch.device("cpu"), text_tokens={stage: 8}, stages=(stage,))
     ).stage(stage)
-    system = SYSTEMS[kind]
+    system = "llava" if kind == "mlp2x_gelu" else kind
     model, trained = steps._models[system], steps.trained[system]
     engine, optimizer, _, _ = deepspeed.initialize(
         model=model,

@@ -130,3 +130,84 @@ def logits(
         )
         hidden = hidden + linear(state, f"{layer}.mlp.down_proj", gated) + seen("m", x)
     return linear(state, "lm_head", rms_norm(state, "model.norm", hidden, eps))
+
+
+# --- fast weights ------------------------------------------------------------------------------------
+
+
+def sine_positions(across: int, dim: int) -> Tensor:
+    """Sine and cosine of each row and column, ``[across, across, dim]``, number by number."""
+    count = math.ceil(dim / 4)
+    code = torch.zeros(across, across, 4 * count)
+    for i in range(count):
+        # Wavelengths from 4 vectors to 4 times the side, in equal ratios.
+        length = 4 * across ** (i / (count - 1) if count > 1 else 0)
+        for row in range(across):
+            for column in range(across):
+                for start, place in ((0, row), (2 * count, column)):
+                    angle = 2 * math.pi * place / length
+                    code[row, column, start + i] = math.sin(angle)
+                    code[row, column, start + count + i] = math.cos(angle)
+    return code[..., :dim]
+
+
+def windows(patches: Tensor, side: int, window: int, stride: int) -> Tensor:
+    """Patches ``[side * side, C]`` -> what each vector sees ``[across * across, C * window * window]``, by loops."""
+    across = math.ceil(side / stride)
+    seen = torch.zeros(across, across, patches.shape[1], window, window, dtype=patches.dtype)
+    before = (window - stride) // 2
+    for row in range(across):
+        for column in range(across):
+            for i in range(window):
+                for j in range(window):
+                    y, x = row * stride - before + i, column * stride - before + j
+                    if 0 <= y < side and 0 <= x < side:
+                        seen[row, column, :, i, j] = patches[y * side + x]
+    return seen.flatten(2).flatten(0, 1)
+
+
+def fast_vectors(state: State, config: Mapping[str, Any], features: Tensor) -> Tensor:
+    """Patch features ``[V, visual_dim]`` of one image -> its vectors ``z [P, D]``.
+
+    ``state`` has the names of the generator's own parameters.
+    """
+    dim, stride = config["vlora_dim"], config["vlora_stride"]
+    side = math.isqrt(len(features))
+    first = len(features) - side**2  # a class token comes before the patches
+    normed = layer_norm(state, "norm_in", features)
+    x = linear(state, "gather", windows(normed[first:], side, config["vlora_window"], stride))
+    if config["vlora_positions"] == "learned":
+        x = x + state["places"]
+    else:
+        x = x + sine_positions(math.ceil(side / stride), dim).flatten(0, 1).to(x)
+    if first:
+        x = torch.cat([linear(state, "whole", normed[:1]), x])
+    for n in range(config["vlora_depth"]):
+        block = f"blocks.{n}"
+        q, k, v = (
+            heads(t, config["vlora_heads"])
+            for t in linear(state, f"{block}.qkv", layer_norm(state, f"{block}.norm1", x)).chunk(
+                3, -1
+            )
+        )
+        x = x + linear(state, f"{block}.out", attend(q, k, v))
+        inner = linear(state, f"{block}.linear1", layer_norm(state, f"{block}.norm2", x))
+        gelu = inner * (1 + torch.erf(inner / math.sqrt(2))) / 2
+        x = x + linear(state, f"{block}.linear2", gelu)
+    z = layer_norm(state, "norm", x)
+    return z / (1 + torch.exp(-linear(state, "gate", z))) if config["vlora_gate"] else z
+
+
+def fast_deltas(
+    state: State, config: Mapping[str, Any], features: Tensor, layers: tuple[int, ...]
+) -> dict[tuple[str, int], Tensor]:
+    """The dense ``delta_W [O, I]`` of one image: the sum over its vectors of ``(W z) (U z)^T``, scaled."""
+    z = fast_vectors(state, config, features)
+    size = len(layers) * config["vlora_dim"] * math.sqrt(len(z))
+    scale = (config["vlora_alpha"] or 1.0) * 400 / size
+    found = {}
+    for letter in config["vlora_type"]:
+        for j, layer in enumerate(layers):
+            reads, writes = state[f"types.{letter}.reads"][j], state[f"types.{letter}.writes"][j]
+            found[letter, layer] = scale * sum(torch.outer(writes @ v, reads @ v) for v in z)
+    return found

@@ -72,7 +72,7 @@ def test_tokenizer_ids(tokenizer: PreTrainedTokenizerBase) -> None:
 
 @pytest.mark.parametrize("name", sorted(SIZES))
 def test_towers_read_their_images(name: str) -> None:
-    size, folder = SIZES[name], ASSETS / f"clip_{name}"
+    size, folder = SIZES[name], ASSETS / SIZES[name].tower
     tower = CLIPVisionModel.from_pretrained(folder).float()
     processor = CLIPImageProcessor.from_pretrained(folder)
     rng = random.Random(0)

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from llava_vlora.bench.shapes import SHAPES, shape
-from llava_vlora.bench.steps import STAGES, SYSTEMS, quiet_checkpoints
+from llava_vlora.bench.steps import STAGES, USUAL_STAGES, quiet_checkpoints
 from llava_vlora.bench.summary import Ratio
 from llava_vlora.bench.training import TrainBench, TrainOptions
 from llava_vlora.bench.training_summary import speed, targets
 from llava_vlora.cli import main
 from llava_vlora.errors import ConfigError
+from llava_vlora.generators import KINDS
 
 OPTIONS = TrainOptions(
     shape("tiny"),
@@ -25,7 +26,7 @@ OPTIONS = TrainOptions(
     "float32",
     rounds=2,
     batch=2,
-    text_tokens={"pretrain": 8, "finetune": 12},
+    text_tokens={"pretrain": 8, "finetune": 12, "frozen": 12},
 )
 PATCHES = 64
 
@@ -64,15 +65,15 @@ def test_gradients_flow_where_the_stage_trains_and_only_there(
 ) -> None:
     bench = TrainBench(replace(OPTIONS, checkpointing=checkpointing))
     steps = bench.stage(stage)
-    for system in ("llava", "vlora"):
+    for system in ("llava", *KINDS):
         with quiet_checkpoints():
             steps.backward(system)
-        found = parts(getattr(bench.models, system))
+        found = parts(bench.models.pictured[system])
         # A key's bias adds the same to every score: its gradient is zero, and there is no other without one.
         assert all(p.grad is not None for p in found["connector"])
         assert all(p.grad.any() for p in found["connector"] if p.ndim > 1)
         assert all(p.grad is None for p in found["tower"])
-        if stage == "pretrain":
+        if stage != "finetune":
             assert all(p.grad is None for p in found["language"])
         else:
             assert all(p.grad.any() for p in found["language"])
@@ -80,33 +81,35 @@ def test_gradients_flow_where_the_stage_trains_and_only_there(
             parameter.grad = None
 
 
-def test_a_step_changes_what_trains_and_leaves_no_gradients(bench: TrainBench) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_changes_what_trains_and_leaves_no_gradients(bench: TrainBench, kind: str) -> None:
     for stage, changing in (
         ("pretrain", {"connector"}),
         ("finetune", {"connector", "language"}),
+        ("frozen", {"connector"}),
     ):
-        steps = bench.stage(stage)
-        for optimizer in steps._optimizers["vlora"]:
+        steps, model = bench.stage(stage), bench.models.vlora[kind]
+        for optimizer in steps._optimizers[kind]:
             optimizer.param_groups[0]["lr"] = 1e-3
-        found = parts(bench.models.vlora)
+        found = parts(model)
         before = {part: [p.clone() for p in found[part]] for part in found}
         with quiet_checkpoints():
-            steps.step("vlora")
+            steps.step(kind)
         changed = {
             part
             for part in found
             if any(not torch.equal(a, b) for a, b in zip(before[part], found[part], strict=True))
         }
         assert changed == changing
-        assert all(p.grad is None for p in bench.models.vlora.parameters())
+        assert all(p.grad is None for p in model.parameters())
 
 
 def test_a_step_is_the_models_own_loss(bench: TrainBench) -> None:
     """The loss of a step equals the mean cross entropy of the learned tokens, computed by hand."""
     steps = bench.stage("finetune")
-    for system in ("text", "vlora"):
+    for system in ("text", *KINDS):
         batch = steps.batches[system]
-        model = getattr(bench.models, system)
+        model = steps._models[system]
         with torch.no_grad(), quiet_checkpoints():
             inputs = {k: v for k, v in batch.items() if k != "labels"}
             logits = model(**inputs).logits
@@ -122,25 +125,27 @@ def test_a_step_is_the_models_own_loss(bench: TrainBench) -> None:
 def test_the_language_model_is_in_memory_once(bench: TrainBench) -> None:
     models = bench.models
     for name, parameter in models.text.named_parameters():
-        assert models.llava.get_parameter(name) is parameter
-        assert models.vlora.get_parameter(name) is parameter
+        for model in models.pictured.values():
+            assert model.get_parameter(name) is parameter
     steps = bench.stage("finetune")
-    for system in SYSTEMS:
+    for system in OPTIONS.systems:
         with quiet_checkpoints():
             steps.step(system)
     language = sum(p.numel() * p.element_size() for p in models.text.parameters())
-    generator = sum(p.numel() * p.element_size() for p in models.vlora.generator.parameters())
-    text, vlora = (steps.state_bytes(system) for system in ("text", "vlora"))
-    assert text == pytest.approx(2 * language, rel=1e-4)  # and a counter for each tensor
-    assert vlora == pytest.approx(2 * (language + generator), rel=1e-3)
+    # And a counter for each tensor.
+    assert steps.state_bytes("text") == pytest.approx(2 * language, rel=1e-4)
+    for kind, model in models.vlora.items():
+        generator = sum(p.numel() * p.element_size() for p in model.generator.parameters())
+        assert steps.state_bytes(kind) == pytest.approx(2 * (language + generator), rel=1e-3)
 
 
 def test_autocast_holds_the_generator_in_float32() -> None:
     bench = TrainBench(replace(OPTIONS, dtype="autocast"))
     steps = bench.stage("pretrain")
-    with quiet_checkpoints():
-        assert steps.step("vlora").isfinite()
-    assert {p.dtype for p in bench.models.vlora.generator.parameters()} == {torch.float32}
+    for kind, model in bench.models.vlora.items():
+        with quiet_checkpoints():
+            assert steps.step(kind).isfinite()
+        assert {p.dtype for p in model.generator.parameters()} == {torch.float32}
     assert {p.dtype for p in bench.models.text.parameters()} == {torch.bfloat16}
 
 
@@ -151,7 +156,7 @@ def test_every_system_is_measured_in_every_stage(
     result: dict[str, Any], bench: TrainBench, ticks: list[str]
 ) -> None:
     cells = {(c["stage"], c["system"]): c for c in result["cells"]}
-    assert set(cells) == {(stage, system) for stage in STAGES for system in SYSTEMS}
+    assert set(cells) == {(stage, system) for stage in USUAL_STAGES for system in OPTIONS.systems}
     for cell in cells.values():
         assert len(cell["seconds"]) == 2
         assert cell["samples_per_second"] == pytest.approx(2 / median(cell["seconds"]))
@@ -166,7 +171,7 @@ def test_every_system_is_measured_in_every_stage(
 def test_tokens_of_a_sample(stage: str, text: int, result: dict[str, Any]) -> None:
     """LLaVA reads the visual tokens; VLoRA reads the text, its image's slot being dropped."""
     tokens = {c["system"]: c["tokens"] for c in result["cells"] if c["stage"] == stage}
-    assert tokens == {"text": text, "llava": text + PATCHES, "vlora": text}
+    assert tokens == {"text": text, "llava": text + PATCHES, **dict.fromkeys(KINDS, text)}
 
 
 def test_parameters_and_memory(result: dict[str, Any]) -> None:
@@ -195,34 +200,50 @@ def cell(stage: str, system: str, seconds: float, peak: int | None) -> dict[str,
 def made_up(**peaks: int | None) -> dict[str, Any]:
     return {
         "shape": {"name": "7b"},
+        "kinds": {"vlora": "VLoRA", "fast": "Fast"},
         "cells": [
-            cell("pretrain", "llava", 3.3, peaks["llava"]),
-            cell("pretrain", "vlora", 1.0, peaks["vlora"]),
-            cell("finetune", "llava", 1.7, peaks["llava"]),
-            cell("finetune", "vlora", 1.0, peaks["vlora"]),
+            cell(stage, system, seconds, peaks[system])
+            for stage, seconds_of in (
+                ("pretrain", {"llava": 3.3, "vlora": 1.0, "fast": 1.5}),
+                ("finetune", {"llava": 1.7, "vlora": 1.0, "fast": 0.8}),
+                ("frozen", {"llava": 1.7, "vlora": 1.0, "fast": 0.8}),
+            )
+            for system, seconds in seconds_of.items()
         ],
     }
 
 
 def test_targets_are_judged_by_their_numbers() -> None:
-    assert [t.met for t in targets(made_up(llava=80, vlora=60))] == [True, True, False, True]
-    assert [t.met for t in targets(made_up(llava=80, vlora=80))] == [True, False, False, False]
-    assert [t.met for t in targets(made_up(llava=None, vlora=None))] == [True, False]
-    assert targets(made_up(llava=80, vlora=60))[0].paper == pytest.approx(2.32, abs=0.005)
-    assert targets({**made_up(llava=8, vlora=8), "shape": {"name": "tiny"}}) == []
+    found = targets(made_up(llava=80, vlora=60, fast=80))
+    assert [(t.kind, t.goal, t.met) for t in found] == [
+        ("vlora", ">= 3.0", True),
+        ("vlora", "< 1", True),
+        ("fast", ">= 3.0", False),
+        ("fast", "< 1", False),
+        ("vlora", ">= 1.8", False),
+        ("vlora", "< 1", True),
+        ("fast", ">= 1.8", True),
+        ("fast", "< 1", False),
+    ]
+    unknown = targets(made_up(llava=None, vlora=None, fast=None))
+    assert [t.met for t in unknown] == [True, False, False, True]
+    assert found[0].paper == pytest.approx(2.32, abs=0.005)
+    tiny = {**made_up(llava=8, vlora=8, fast=8), "shape": {"name": "tiny"}}
+    assert targets(tiny) == []
 
 
 # --- command ---------------------------------------------------------------------------------------
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = f"bench train --rounds 1 --stages pretrain --text-tokens 8 --out {tmp_path}"
+    command = f"bench train --rounds 1 --stages pretrain,frozen --text-tokens 8 --out {tmp_path}"
     assert main([*command.split(), "--optimizer", "none", "--no-checkpointing"]) == 0
     shown = capsys.readouterr().out
     assert "forward pass alone" in shown
     assert "no optimizer, without gradient checkpointing" in shown
     written = json.loads((tmp_path / "train-tiny-cpu-bfloat16.json").read_text())
-    assert {c["stage"] for c in written["cells"]} == {"pretrain"}
+    assert {c["stage"] for c in written["cells"]} == {"pretrain", "frozen"}
+    assert written["systems"]["vlora_fast"] == "VLoRA fast"
     assert {c["optimizer"] for c in written["cells"]} == {0}
     assert (tmp_path / "train-tiny-cpu-bfloat16.png").stat().st_size > 10_000
 
@@ -231,7 +252,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("wrong", "message"),
     [
         ("--shape 70b", "'1b', '7b', '13b'"),
-        ("--stages pretraining", "'pretrain', 'finetune'"),
+        ("--stages pretraining", "'pretrain', 'finetune', 'frozen'"),
         ("--optimizer adam", "'adamw', 'sgd', 'none'"),
         ("--dtype float16", "'bfloat16', 'autocast'"),
         ("--rounds 0", "--rounds"),

@@ -17,8 +17,14 @@ from tests.tiny import make_vlora
 
 
 @pytest.fixture
-def model(llm_dir: Path, tower_dir: Path) -> Any:
-    return make_vlora(llm_dir, tower_dir)
+def model(kind: str, llm_dir: Path, tower_dir: Path) -> Any:
+    return make_vlora(llm_dir, tower_dir, kind)
+
+
+@pytest.fixture
+def fast(llm_dir: Path, tower_dir: Path) -> Any:
+    """A model whose latents have a rank."""
+    return make_vlora(llm_dir, tower_dir, "vlora_fast")
 
 
 @pytest.fixture
@@ -32,11 +38,15 @@ def runs(model: Any) -> list[int]:
 
 
 def equal(one: PerceptualWeights, other: PerceptualWeights) -> bool:
-    return all(
-        torch.equal(one.factors[t].a, other.factors[t].a)
-        and torch.equal(one.factors[t].b, other.factors[t].b)
-        for t in one.types
-    )
+    return all(torch.equal(*pair) for pair in zip(one.tensors(), other.tensors(), strict=True))
+
+
+def close(one: PerceptualWeights, other: PerceptualWeights, share: float) -> None:
+    """Equal to a share of the largest number of each tensor."""
+    for found, expected in zip(one.tensors(), other.tensors(), strict=True):
+        torch.testing.assert_close(
+            found, expected, rtol=0, atol=share * expected.abs().max().item()
+        )
 
 
 def test_many_questions_about_one_image_run_the_tower_once(model: Any, runs: list[int]) -> None:
@@ -59,8 +69,7 @@ def test_only_new_images_of_a_batch_are_encoded(model: Any, runs: list[int]) -> 
     runs.clear()
     found = model.perceive(images[[2, 0, 2, 1]])
     assert runs == [2]
-    for t in expected.types:
-        torch.testing.assert_close(found.factors[t].a, expected.factors[t].a, rtol=1e-5, atol=1e-5)
+    close(found, expected, 1e-5)
 
 
 @torch.no_grad()
@@ -79,7 +88,7 @@ def test_changed_weights_are_noticed(model: Any) -> None:
 
 def test_training_does_not_use_it(model: Any) -> None:
     model.perception_cache = PerceptionCache()
-    assert model.perceive(pictures(1)).factors["q"].a.requires_grad
+    assert all(tensor.requires_grad for tensor in model.perceive(pictures(1)).own().values())
     assert len(model.perception_cache) == 0
 
 
@@ -161,8 +170,9 @@ def test_saved_weights_know_their_generator(
     weights.save(file, generator=model.generator)
     assert equal(PerceptualWeights.load(file, generator=model.generator), weights)
     with torch.no_grad():
-        model.generator.pos_embed.add_(1)
-    with pytest.raises(CheckpointError, match=r"another generator.*vlora_rank"):
+        next(model.generator.parameters()).add_(1)
+    kind = model.vlora_config.kind
+    with pytest.raises(CheckpointError, match=rf"another generator.*\"{kind}\".*vlora_depth"):
         PerceptualWeights.load(file, generator=model.generator)
     weights.save(file)
     with pytest.raises(CheckpointError, match="no generator that it names"):
@@ -175,8 +185,8 @@ def test_replaced_weights_and_modules_are_noticed(model: Any) -> None:
     model.perception_cache = PerceptionCache()
     with torch.no_grad():
         model.perceive(images)
-        head = model.generator.gen[0].weights_head
-        head.weight = torch.nn.Parameter(head.weight.detach() * 2)
+        linear = next(m for m in model.generator.modules() if isinstance(m, torch.nn.Linear))
+        linear.weight = torch.nn.Parameter(linear.weight.detach() * 2)
         changed = model.perceive(images)
         model.generator.norm_added = torch.nn.LayerNorm(2)  # a new part without a tensor changed
         model.perceive(images)
@@ -187,10 +197,10 @@ def test_replaced_weights_and_modules_are_noticed(model: Any) -> None:
 
 
 def test_models_made_under_inference_mode_have_a_fingerprint(
-    llm_dir: Path, tower_dir: Path
+    kind: str, llm_dir: Path, tower_dir: Path
 ) -> None:
     with torch.inference_mode():
-        made = make_vlora(llm_dir, tower_dir)
+        made = make_vlora(llm_dir, tower_dir, kind)
         made.perception_cache = PerceptionCache()
         made.perceive(pictures(1))
         made.perceive(pictures(1))
@@ -210,10 +220,11 @@ def test_the_factors_of_the_last_image_are_kept_and_are_its_own(model: Any) -> N
         inside = model.perceive(images[:1])
     with torch.no_grad():
         outside = model.perceive(images[:1])
-    assert inside.factors["q"].a.is_inference()
-    assert not outside.factors["q"].a.is_inference()
+    assert all(tensor.is_inference() for tensor in inside.own().values())
+    assert not any(tensor.is_inference() for tensor in outside.own().values())
+    shared = {"vlora": "Bs", "vlora_fast": "types.q.writes"}[model.vlora_config.kind]
     with torch.no_grad():
-        model.generator.Bs.add_(1.0)  # shared by all images, and part of the factors
+        dict(model.generator.named_parameters())[shared].add_(1.0)  # and part of the factors
         changed = model.perceive(images[:1])
     assert not equal(changed, plain[0])
 
@@ -238,3 +249,65 @@ def test_offloaded_weights_are_perceived_without_the_cache(model: Any) -> None:
             found = cache.perceive(pictures(1), model.generator, Offloaded(), features)
         assert equal(found, model.perceive(pictures(1)))
     assert (runs, len(cache)) == ([1, 1], 0)
+
+
+# --- entries of a rank -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_entries_of_a_rank_are_the_nearest_weights_of_it(fast: Any, tmp_path: Path) -> None:
+    images, rank = pictures(2), 3
+    whole = fast.perceive(images)
+    fast.perception_cache = cache = PerceptionCache(rank=rank, folder=tmp_path)
+    found = fast.perceive(images)
+    nearest = whole.truncate(rank)
+    for row in range(2):
+        for letter in whole.types:
+            expected = nearest.dense(letter, 1, row)
+            close_to = {"rtol": 0, "atol": 1e-4 * expected.abs().max().item()}
+            torch.testing.assert_close(found.dense(letter, 1, row), expected, **close_to)
+            assert (expected - whole.dense(letter, 1, row)).abs().max() > close_to["atol"]
+    lost = whole.lost_share(rank)
+    assert lost.min() > 1e-3
+    assert cache.lost_share == pytest.approx(lost.max().item(), rel=1e-3)
+    vectors = rank * fast.vlora_config.dim * 4
+    assert cache.nbytes == 2 * vectors
+    again = PerceptionCache(rank=rank, folder=tmp_path)
+    fast.perception_cache = again
+    assert equal(fast.perceive(images), found)
+    assert (again.hits, again.misses) == (2, 0)
+
+
+@torch.no_grad()
+def test_caches_of_different_ranks_share_a_folder(fast: Any, tmp_path: Path) -> None:
+    image, whole = pictures(1), fast.perceive(pictures(1))
+    found = []
+    for rank in (2, 5, None):
+        fast.perception_cache = PerceptionCache(rank=rank, folder=tmp_path)
+        found.append(fast.perceive(image))
+    assert len(list(tmp_path.iterdir())) == 3
+    assert torch.linalg.matrix_rank(found[0].core[0]) == 2
+    assert torch.linalg.matrix_rank(found[1].core[0]) == 5
+    assert equal(found[2], whole)
+
+
+@torch.no_grad()
+def test_a_rank_above_the_vectors_of_an_image_keeps_all(fast: Any) -> None:
+    image, whole = pictures(1), fast.perceive(pictures(1))
+    fast.perception_cache = cache = PerceptionCache(rank=20)
+    assert equal(fast.perceive(image), whole)
+    assert cache.lost_share == 0
+    assert cache.nbytes == 16 * fast.vlora_config.dim * 4
+
+
+@torch.no_grad()
+def test_ranks_that_cannot_be_are_named(fast: Any, llm_dir: Path, tower_dir: Path) -> None:
+    with pytest.raises(ConfigError, match="at least 1, not 0"):
+        PerceptionCache(rank=0)
+    fast.perception_cache = PerceptionCache(rank=33)
+    with pytest.raises(ConfigError, match=r"Rank 33 is not one of 1 to 32.*vlora_dim"):
+        fast.perceive(pictures(1))
+    paper = make_vlora(llm_dir, tower_dir)
+    paper.perception_cache = PerceptionCache(rank=2)
+    with pytest.raises(ConfigError, match="latents of 'vlora' have no rank"):
+        paper.perceive(pictures(1))

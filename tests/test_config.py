@@ -76,7 +76,18 @@ def test_scale_is_alpha_over_rank() -> None:
     "config",
     [
         VLoRAConfig(),
-        VLoRAConfig(64, 2, 4, 8, 16.0, "qv", 1, (0, 2), False, "contiguous"),
+        VLoRAConfig(
+            dim=64,
+            depth=2,
+            heads=4,
+            rank=8,
+            alpha=16.0,
+            types="qv",
+            every=1,
+            layer_list=(0, 2),
+            separate=False,
+            placeholder="contiguous",
+        ),
     ],
     ids=["defaults", "everything changed"],
 )

@@ -27,6 +27,8 @@ from llava_vlora.decoder import DecoderShape, decoder_shape
 from llava_vlora.evaluation.cost import (
     CLIP_L_336,
     VICUNA_7B,
+    LanguageShape,
+    VisionShape,
     answer_cost,
     generator_macs,
     language_shape,
@@ -35,9 +37,10 @@ from llava_vlora.evaluation.cost import (
     projector_macs,
     vision_shape,
 )
-from llava_vlora.generators.paper import PerceptualWeightsGenerator
+from llava_vlora.generators import KINDS, PerceptualWeightsGenerator
 from llava_vlora.injection import seeing
 from llava_vlora.integration.fresh import random_models
+from tests import toy_generator
 
 CLIP = CLIPVisionConfig(
     hidden_size=48,
@@ -65,10 +68,11 @@ DEEP = replace(
         **{"hidden_size": 384, "intermediate_size": 1000, "num_hidden_layers": 8},
         **{"num_attention_heads": 6, "num_key_value_heads": 2},
     },
-    settings=replace(SHAPES["tiny"].settings, types="qkvogud", every=2),
-)
-MANY = replace(SHAPES["tiny"], settings=replace(SHAPES["tiny"].settings, dim=32, every=1))
+).with_settings(types="qkvogud", every=2)
+#: The paper's query groups are so many that they attend in the usual order.
+MANY = SHAPES["tiny"].with_settings(dim=32, every=1)
 TEXT = 20
+WAYS_TO_COUNT = ("batched", "merged")
 
 
 def counted_macs(run: Callable[[], object]) -> float:
@@ -168,7 +172,15 @@ def real(request: pytest.FixtureRequest) -> tuple[Shape, Calls]:
     shape: Shape = request.param
     sizes = LlamaConfig(**shape.language), CLIPVisionConfig(**shape.vision)
     how: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
-    return shape, Calls(random_models(*sizes, shape.settings, **how), shape.patches)
+    return shape, Calls(random_models(*sizes, shape.generators, **how), shape.patches)
+
+
+def public_macs(settings: VLoRAConfig, vision: VisionShape, language: LanguageShape) -> int:
+    """The paper's generator as the public code computes."""
+    widths = language.decoder_shape(settings.types)
+    return PerceptualWeightsGenerator.macs(
+        settings, widths, vision.width, vision.patches, project=True
+    )
 
 
 @contextmanager
@@ -188,12 +200,13 @@ def flops(prepared: Any) -> float:
         return 2 * counted_macs(call)
 
 
-@pytest.mark.parametrize("system", ["llava", "batched", "merged"])
+@pytest.mark.parametrize("system", ["llava", *(f"{k}/{w}" for k in KINDS for w in WAYS_TO_COUNT)])
 def test_first_and_further_tokens_of_real_models(system: str, real: tuple[Shape, Calls]) -> None:
     shape, calls = real
     vision, language = vision_shape(shape.vision), language_shape(shape.language)
-    settings = None if system == "llava" else shape.settings
-    cost = answer_cost(vision, language, TEXT, settings, merged=system == "merged")
+    kind, _, way = system.partition("/")
+    settings = shape.generators.get(kind)
+    cost = answer_cost(vision, language, TEXT, settings, merged=way == "merged")
     # Transformers 4.57 makes rotary angles with a matrix product: one in a hundred thousand.
     close = {"rel": 1e-4}
     assert cost.prefill == pytest.approx(flops(calls.prefill(system, TEXT, shape.patches)), **close)
@@ -210,21 +223,23 @@ def test_parts_of_real_models(real: tuple[Shape, Calls]) -> None:
     work = calls.image_work()
     assert flops(work["vision tower"]) == 2 * vision.macs
     assert flops(work["LLaVA's projector"]) == 2 * projector_macs(vision, language)
-    assert flops(work["generator"]) == 2 * generator_macs(shape.settings, vision, language)
-    assert flops(work["merge"]) == 2 * merge_macs(shape.settings, language)
+    for kind, settings in shape.generators.items():
+        assert flops(work[f"{kind}/generator"]) == 2 * generator_macs(settings, vision, language)
+        assert flops(work[f"{kind}/merge"]) == 2 * merge_macs(settings, language)
 
 
 def test_generator_in_the_public_codes_order_of_products(real: tuple[Shape, Calls]) -> None:
     shape, calls = real
     vision, language = vision_shape(shape.vision), language_shape(shape.language)
-    features = calls.noise(1, shape.patches, vision.width)
+    features, generator = calls.features(1, shape.patches), calls.generators["vlora"]
     with visible():  # looking at the attention takes the usual order, and spells out no factors
-        counted = counted_macs(lambda: calls.generator.look(features))
-    latents = calls.generator.latents(features)
-    heads = counted_macs(lambda: calls.generator.expand(latents))
-    projecting = generator_macs(shape.settings, vision, language, project=True)
+        counted = counted_macs(lambda: generator.look(features))
+    latents = generator.latents(features)
+    heads = counted_macs(lambda: generator.expand(latents))
+    settings = shape.generators["vlora"]
+    projecting = public_macs(settings, vision, language)
     assert projecting == counted + heads
-    assert projecting >= generator_macs(shape.settings, vision, language)
+    assert projecting >= generator_macs(settings, vision, language)
 
 
 def test_attention_implementations_compute_the_same_and_fused_kernels_hide_it() -> None:
@@ -242,11 +257,13 @@ def test_attention_implementations_compute_the_same_and_fused_kernels_hide_it() 
 def test_bytes_are_those_of_real_models(real: tuple[Shape, Calls]) -> None:
     shape, calls = real
     found = compare(shape, Question(TEXT, dtype="float32"))["models"]
-    live = calls.image_bytes(TEXT, shape.patches)
-    assert found["llava"]["bytes"]["image"] == live["key-value cache, LLaVA"]
-    assert found["vlora"]["bytes"]["image"] == live["generated factors, VLoRA"]
-    for name in ("llava", "vlora"):
-        model, sizes = getattr(calls.models, name), found[name]["bytes"]
+    live = calls.image_facts(TEXT, shape.patches)
+    assert found["llava"]["bytes"]["image"] == live["llava"]["cache"]
+    for name, model in calls.models.pictured.items():
+        if name != "llava":
+            assert live[name]["cache"] == 0
+            assert found[name]["bytes"]["image"] == live[name]["weights"]
+        sizes = found[name]["bytes"]
         weights = sum(sizes[part] for part in ("language", "vision", "connector"))
         parts = [*model.parameters(), *calls.models.tower.parameters()]
         assert weights == 4 * sum(p.numel() for p in {id(p): p for p in parts}.values())
@@ -258,14 +275,74 @@ def test_bytes_are_those_of_real_models(real: tuple[Shape, Calls]) -> None:
 
 def test_a_merge_keeps_the_old_weights_and_saves_the_low_rank_paths() -> None:
     shape, question = SHAPES["7b"], Question(text_tokens=64, answer_tokens=3, merged=True)
-    found = compare(shape, question)["models"]["vlora"]
+    models = compare(shape, question)["models"]
+    found, fast = models["vlora"], models["vlora_fast"]
     # q, k, v, o of 8 layers, 4096 x 4096 each: formed from rank 64, kept aside in float16; m stays beside.
     assert found["flops"]["merge"] == 2 * 32 * 64 * 4096**2
     assert found["bytes"]["aside"] == 2 * 32 * 4096**2 == 2**30
     assert found["flops"]["low_rank"] == 64 * found["flops"]["decode_low_rank"]
     assert found["flops"]["decode_low_rank"] == 2 * 8 * 64 * 2 * 4096
+    # Fast weights: v and o, width 256; W M first, then by U. Nothing stays beside.
+    assert fast["flops"]["merge"] == 2 * 16 * (4096 * 256**2 + 256 * 4096**2)
+    assert fast["bytes"]["aside"] == 2 * 16 * 4096**2
+    assert fast["flops"]["low_rank"] == fast["flops"]["decode_low_rank"] == 0
     # The answer's second token was read, its third was not.
     assert found["bytes"]["text"] == 2 * 2 * 32 * 4096 * (64 + 2)
+
+
+def test_fast_weights_at_7b() -> None:
+    """By hand: one matrix of 256 x 256 an image, U and W of v and o in 8 layers, 144 vectors of 4 x 4 patches."""
+    models = compare(SHAPES["7b"], Question(dtype="bfloat16"))["models"]
+    fast, d, h, p = models["vlora_fast"], 256, 4096, 144
+    assert fast["bytes"]["image"] == 2 * d * d == 2**17
+    assert fast["flops"]["low_rank"] == 64 * 2 * 8 * 2 * d * (h + d + h)
+    trunk = p * 1024 * 16 * d + 2 * (p * 12 * d * d + 2 * p * p * d) + p * d + p * d * d
+    assert fast["flops"]["connector"] == 2 * trunk
+    learned = 2 * 8 * 2 * h * d
+    assert learned < fast["bytes"]["connector"] / 2 < learned + 10e6 < 200e6
+
+
+@pytest.fixture
+def toy() -> Iterator[None]:
+    toy_generator.register()
+    try:
+        yield
+    finally:
+        KINDS.pop(toy_generator.NAME, None)
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_third_kind_of_generator_has_its_column(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    target = tmp_path / "cost.json"
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["cost", "--json", str(target), "--figure", str(tmp_path / "cost.png")]) == 0
+    shown = capsys.readouterr().out
+    label = KINDS[toy_generator.NAME].label
+    assert f"{label}: vo in 8 of 32 layers, pool_width 8" in shown
+    assert len(row(shown, "next token: low-rank")) == 5 + 3
+    models = json.loads(target.read_text())["models"]
+    assert list(models) == ["llava", "vlora", "vlora_fast", toy_generator.NAME]
+
+
+@pytest.mark.usefixtures("toy")
+def test_a_third_kind_of_generator_is_measured_and_estimated(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    command = (
+        f"bench --projector {toy_generator.NAME} --rounds 1 --steps 2 --batch 1 --out {tmp_path}"
+    )
+    assert main([*command.split(), "--parts", "prefill,decode,image,memory,visual"]) == 0
+    found = json.loads((tmp_path / "tiny-cpu-float32.json").read_text())
+    assert f"{toy_generator.NAME}/merged" in found["systems"]
+    assert found["memory"]["image"][toy_generator.NAME]["known"] > 0
+    command = (
+        f"bench train --projector {toy_generator.NAME} --rounds 1 --text-tokens 8 --out {tmp_path}"
+    )
+    assert main(command.split()) == 0
+    assert main("estimate --model 7b --stage frozen".split()) == 0
+    assert KINDS[toy_generator.NAME].label.split()[0] in capsys.readouterr().out
 
 
 # --- the paper's figure ------------------------------------------------------------------------------
@@ -293,9 +370,7 @@ def test_the_released_code_beside_the_figure() -> None:
     llava = answer_cost(CLIP_L_336, VICUNA_7B, 32, None)
     assert point.released_llava == llava.connector + llava.prefill
     assert point.vision == llava.vision
-    assert 2 * generator_macs(VLoRAConfig(), CLIP_L_336, VICUNA_7B, project=True) == pytest.approx(
-        38.2e9, rel=0.01
-    )
+    assert 2 * public_macs(VLoRAConfig(), CLIP_L_336, VICUNA_7B) == pytest.approx(38.2e9, rel=0.01)
     # 381 for the tower, 38 for the generator, 425 and 8228 for the language model, in GFLOPs.
     assert point.with_vision == pytest.approx((381 + 38 + 425) / (381 + 8228), abs=0.002)
     assert point.released < point.with_vision < point.paper
@@ -349,15 +424,15 @@ def row(text: str, name: str) -> list[str]:
     return next(line for line in text.splitlines() if line.strip().startswith(name)).split()
 
 
-def test_command_prints_both_side_by_side(
+def test_command_prints_all_side_by_side(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     target = tmp_path / "cost.json"
     assert main(f"cost --answer-tokens 100 --json {target}".split()) == 0
     shown = capsys.readouterr().out
     assert "576 patches), 64 text tokens, answer of 100 tokens" in shown
-    assert row(shown, "the image")[-3:] == ["288", "20", "0.069"]
-    assert row(shown, "tokens that")[-3:] == ["640", "64", "0.100"]
+    assert row(shown, "the image")[-5:] == ["288", "20", "0.125", "0.069", "0.000"]
+    assert row(shown, "tokens that")[-5:] == ["640", "64", "64", "0.100", "0.100"]
     assert row(shown, "LLaVA-Mini")[1] == "65"
     assert "not measured" in shown
     assert "2 FLOPs per multiply-accumulate" in shown
@@ -373,7 +448,7 @@ def test_macs_are_half_the_flops(capsys: pytest.CaptureFixture[str]) -> None:
     for flag in ("", "--macs"):
         assert main(["cost", *flag.split()]) == 0
         shown[flag] = capsys.readouterr().out
-    both = [float(row(text, "vision tower")[-2]) for text in shown.values()]
+    both = [float(row(text, "vision tower")[-3]) for text in shown.values()]
     assert both == [381.9, 191.0]
     assert "2 FLOPs" not in shown["--macs"]
     assert re.search(r"^MACs: multiply-accumulates of", shown["--macs"], re.MULTILINE)
@@ -384,7 +459,7 @@ def test_the_image_can_have_another_size(capsys: pytest.CaptureFixture[str]) -> 
         assert main(["cost", "--model", "13b", *size.split()]) == 0
         shown = capsys.readouterr().out
         assert "image 224 x 224 (256 patches)" in shown
-        assert row(shown, "tokens that")[-3:-1] == ["320", "64"]
+        assert row(shown, "tokens that")[-5:-2] == ["320", "64", "64"]
         assert "Other methods are left out" in shown
 
 
@@ -396,7 +471,8 @@ def test_a_checkpoint_is_counted_by_its_own_settings(
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert main(["cost", "--model", str(tmp_path), "--layers", "1,2"]) == 0
     shown = capsys.readouterr().out
-    assert "VLoRA qv of rank 8" in shown
+    assert "VLoRA: qv in 2 of 4 layers, dim 512, depth 8, rank 8" in shown
+    assert "fast" not in shown
     # Two types, two layers, 256 x 8 numbers of two bytes.
     assert row(shown, "the image")[-2] == "0.01562"
 
@@ -431,6 +507,8 @@ def test_figures_are_written(
         ("--layers 3,40", "0 to 31"),
         ("--layers all", "3,7,11"),
         ("--layers=", "3,7,11"),
+        ("--projector mlp", "'vlora', 'vlora_fast'"),
+        ("--projector vlora_fast --rank 8", "has the setting 'rank'"),
         ("--figure cost.pdf", ".png"),
     ],
 )

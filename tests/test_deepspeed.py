@@ -46,7 +46,7 @@ def train(
     return done
 
 
-Engines = Callable[[str | None], tuple[Finished, Path]]
+Engines = Callable[..., tuple[Finished, Path]]
 
 
 @pytest.fixture(scope="module")
@@ -56,18 +56,27 @@ def engines(
     """Runs of two processes, each made once: PyTorch's own, or by one of the recipes' DeepSpeed files."""
 
     @functools.cache
-    def run(zero: str | None) -> tuple[Finished, Path]:
+    def run(zero: str | None, kind: str = "vlora") -> tuple[Finished, Path]:
         out = tmp_path_factory.mktemp(zero or "ddp") / "out"
-        return train(out, llm_dir, tower_dir, data_dir, zero=zero), out
+        return train(out, llm_dir, tower_dir, data_dir, kind, zero=zero), out
 
     return run
 
 
-@pytest.mark.parametrize("zero", ["zero2", "zero3", "zero3_offload"])
+@pytest.mark.parametrize(
+    ("kind", "zero"),
+    [
+        ("vlora", "zero2"),
+        ("vlora", "zero3"),
+        ("vlora", "zero3_offload"),
+        ("vlora_fast", "zero2"),
+        ("vlora_fast", "zero3"),
+    ],
+)
 def test_losses_and_weights_are_those_without_deepspeed(
-    zero: str, engines: Engines, llm_dir: Path
+    kind: str, zero: str, engines: Engines, llm_dir: Path
 ) -> None:
-    (plain, folder), (done, out) = engines(None), engines(zero)
+    (plain, folder), (done, out) = engines(None, kind), engines(zero, kind)
     # The engine's own checkpoint: without it, the run would have been PyTorch's again.
     assert (out / f"checkpoint-{STEPS}" / f"global_step{STEPS}").is_dir()
     assert len(plain.losses()) == STEPS

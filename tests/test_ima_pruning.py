@@ -267,10 +267,11 @@ def masked_delta(model: Any, mask: MaskSet, weights: PerceptualWeights, row: int
     return model
 
 
+@pytest.mark.parametrize("core", [False, True], ids=["factors", "a core"])
 @pytest.mark.usefixtures("float64")
-def test_images_stay_dense_by_default(seeing_model: Any) -> None:
+def test_images_stay_dense_by_default(seeing_model: Any, core: bool) -> None:
     """M * W + BA, beside the weights and merged into them."""
-    model, weights = seeing_model, make_weights(seeing_model, TYPES, rows=2)
+    model, weights = seeing_model, make_weights(seeing_model, TYPES, rows=2, core=core)
     mask = make_mask(random_scores(model), 0.5)
     pruned = zeroed(model, mask)
     expected = torch.cat([logits(dense_copy(pruned, weights, i), IDS[i : i + 1]) for i in (0, 1)])
@@ -282,10 +283,11 @@ def test_images_stay_dense_by_default(seeing_model: Any) -> None:
         assert logits(model).equal(logits(pruned))
 
 
+@pytest.mark.parametrize("core", [False, True], ids=["factors", "a core"])
 @pytest.mark.usefixtures("float64")
-def test_images_can_be_pruned_too(seeing_model: Any) -> None:
+def test_images_can_be_pruned_too(seeing_model: Any, core: bool) -> None:
     """M * (W + BA), for batches, repeated rows, one image for all, and merged."""
-    model, weights = seeing_model, make_weights(seeing_model, TYPES, rows=2)
+    model, weights = seeing_model, make_weights(seeing_model, TYPES, rows=2, core=core)
     mask = make_mask(random_scores(model), 0.5)
     before = {name: p.clone() for name, p in model.named_parameters()}
     copies = [masked_delta(model, mask, weights, i) for i in (0, 1)]

@@ -41,7 +41,7 @@ from llava_vlora.ima.states import Example, collect
 from llava_vlora.integration.api import Loaded, load, prompt_ids
 from llava_vlora.sceneqa import write_dataset
 from tests.tiny import COLOURS, make_opt
-from tests.two_stacks import train_all, trained
+from tests.two_stacks import train_all, train_fast, trained
 
 S, P, Q, A, PAD = Role.SYSTEM, Role.PERCEPTUAL, Role.QUESTION, Role.ANSWER, Role.PAD
 #: Every kind, several ratios, targets, phases and ways to choose.
@@ -413,11 +413,12 @@ def test_beams_share_a_row_of_roles(model: Any) -> None:
 # --- LLaVA and VLoRA -------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["mlp", "vlora"])
+@pytest.fixture(scope="module", params=["mlp", "vlora", "fast"])
 def loaded(
     request: pytest.FixtureRequest, llm_dir: Path, tower_dir: Path, data_dir: Path
 ) -> Loaded:
-    train_all(llm_dir, tower_dir, data_dir)
+    train = train_fast if request.param == "fast" else train_all
+    train(llm_dir, tower_dir, data_dir)
     return load(str(trained(data_dir) / f"{request.param}-finetune"), device="cpu")
 
 

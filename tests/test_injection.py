@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,8 @@ from llava_vlora.decoder import TARGETS, decoder_layers, decoder_shape
 from llava_vlora.errors import ConfigError, UnsupportedDecoderError, WeightsError
 from llava_vlora.injection import active
 
+Make = Callable[..., PerceptualWeights]
+
 LAYERS, RANK = (1, 3), 3
 IDS = torch.tensor([[1, 10, 20, 30, 40], [1, 11, 21, 31, 41]])
 
@@ -29,9 +32,9 @@ CLOSE = {"rtol": 0.0, "atol": 1e-5}
 
 
 def make_weights(
-    model: nn.Module, rows: int = 2, types: str = "qkvom", seed: int = 0
+    model: nn.Module, rows: int = 2, types: str = "qkvom", seed: int = 0, core: bool = False
 ) -> PerceptualWeights:
-    """Random weights that fit a model, in its dtype, for ``rows`` images."""
+    """Random weights that fit a model, in its dtype, for ``rows`` images; ``core``: as a matrix between factors."""
     shape, generator = decoder_shape(model, types), torch.Generator().manual_seed(seed)
     dtype = next(model.parameters()).dtype
 
@@ -40,12 +43,13 @@ def make_weights(
 
     factors = {
         t: Factors(
-            random(rows, len(LAYERS), shape.in_features[t]),
+            random(*(() if core else (rows,)), len(LAYERS), shape.in_features[t]),
             random(len(LAYERS), shape.out_features[t]),
         )
         for t in types
     }
-    return PerceptualWeights(factors, LAYERS, torch.ones(rows, dtype=torch.bool))
+    matrix = 3 * random(rows, RANK) if core else None
+    return PerceptualWeights(factors, LAYERS, torch.ones(rows, dtype=torch.bool), matrix)
 
 
 class Beside(nn.Module):
@@ -87,6 +91,12 @@ def hooks(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) for module in model.modules())
 
 
+@pytest.fixture(params=[False, True], ids=["factors", "a core"])
+def make(request: pytest.FixtureRequest) -> Make:
+    """:func:`make_weights` for both forms of weights."""
+    return functools.partial(make_weights, core=request.param)
+
+
 @pytest.fixture(params=["llama", "mistral with grouped queries"])
 def folder(request: pytest.FixtureRequest, llm_dir: Path, mistral_dir: Path) -> Path:
     """A saved tiny model of each family."""
@@ -105,10 +115,12 @@ def llama(llm_dir: Path) -> Any:
 @pytest.mark.parametrize("types", ["qkvom", "q", "k", "v", "o", "m", "qv"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.usefixtures("float64")
-def test_output_is_that_of_the_dense_merge(folder: Path, attention: str, types: str) -> None:
+def test_output_is_that_of_the_dense_merge(
+    folder: Path, attention: str, types: str, make: Make
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention)
     model = model.double().eval()
-    weights = make_weights(model, types=types)
+    weights = make(model, types=types)
     together, base = seen(model, weights), logits(model)
     for row in range(2):
         dense = logits(merged(model, weights, row), IDS[row : row + 1])[0]
@@ -117,18 +129,18 @@ def test_output_is_that_of_the_dense_merge(folder: Path, attention: str, types: 
 
 
 @pytest.mark.usefixtures("float64")
-def test_grouped_query_attention_works(mistral_dir: Path) -> None:
+def test_grouped_query_attention_works(mistral_dir: Path, make: Make) -> None:
     model = AutoModelForCausalLM.from_pretrained(mistral_dir).double().eval()
-    weights = make_weights(model, types="kv")
+    weights = make(model, types="kv")
     assert weights.dense("k", 1).shape == (32, 64)
     alone = logits(merged(model, weights, 1), IDS[1:])
     torch.testing.assert_close(seen(model, weights)[1:], alone, **CLOSE)
 
 
 @pytest.mark.usefixtures("float64")
-def test_two_images_in_a_batch_are_each_alone(folder: Path) -> None:
+def test_two_images_in_a_batch_are_each_alone(folder: Path, make: Make) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder).double().eval()
-    weights = make_weights(model)
+    weights = make(model)
     together = seen(model, weights)
     for row in range(2):
         alone = seen(model, weights.index([row]), IDS[row : row + 1])
@@ -136,21 +148,21 @@ def test_two_images_in_a_batch_are_each_alone(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("float64")
-def test_one_image_serves_a_whole_batch(llm_dir: Path) -> None:
+def test_one_image_serves_a_whole_batch(llm_dir: Path, make: Make) -> None:
     model = AutoModelForCausalLM.from_pretrained(llm_dir).double().eval()
-    weights = make_weights(model).index([1])
+    weights = make(model).index([1])
     torch.testing.assert_close(seen(model, weights), seen(model, weights.index([0, 0])), **CLOSE)
 
 
-def test_expand_repeats_rows_as_beam_search_does(llama: Any) -> None:
-    weights, ids = make_weights(llama), IDS.repeat_interleave(3, dim=0)
+def test_expand_repeats_rows_as_beam_search_does(llama: Any, make: Make) -> None:
+    weights, ids = make(llama), IDS.repeat_interleave(3, dim=0)
     with llava_vlora.seeing(llama, weights, expand=True):
         expanded = logits(llama, ids)
     assert torch.equal(expanded, seen(llama, weights.repeat_interleave(3), ids))
 
 
-def test_one_context_serves_calls_of_several_sizes_and_dtypes(llama: Any) -> None:
-    weights, ids = make_weights(llama), IDS.repeat_interleave(2, dim=0)
+def test_one_context_serves_calls_of_several_sizes_and_dtypes(llama: Any, make: Make) -> None:
+    weights, ids = make(llama), IDS.repeat_interleave(2, dim=0)
     alone = seen(llama, weights), seen(llama, weights.repeat_interleave(2), ids)
     half = copy.deepcopy(llama).to(torch.bfloat16)
     alone_half = seen(half, weights)
@@ -161,8 +173,8 @@ def test_one_context_serves_calls_of_several_sizes_and_dtypes(llama: Any) -> Non
         assert torch.equal(logits(llama), alone_half)
 
 
-def test_cached_decoding_is_the_whole_sequence(llama: Any) -> None:
-    weights = make_weights(llama)
+def test_cached_decoding_is_the_whole_sequence(llama: Any, make: Make) -> None:
+    weights = make(llama)
     with llava_vlora.seeing(llama, weights), torch.no_grad():
         prompt = llama(IDS[:, :3], use_cache=True)
         step = llama(IDS[:, 3:], past_key_values=prompt.past_key_values)
@@ -170,45 +182,45 @@ def test_cached_decoding_is_the_whole_sequence(llama: Any) -> None:
     torch.testing.assert_close(step.logits, seen(llama, weights)[:, 3:], rtol=0, atol=5e-5)
 
 
-@pytest.mark.parametrize("zeroed", ["a", "b"])
+@pytest.mark.parametrize("zeroed", ["a", "b", "core"])
 def test_zero_weights_are_the_base_model_bit_for_bit(folder: Path, zeroed: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    weights = make_weights(model)
+    weights = make_weights(model, core=zeroed == "core")
     factors = {
         t: Factors(f.a * (zeroed != "a"), f.b * (zeroed != "b")) for t, f in weights.factors.items()
     }
-    silent = PerceptualWeights(factors, weights.layers, weights.present)
+    core = None if weights.core is None else weights.core * 0
+    silent = PerceptualWeights(factors, weights.layers, weights.present, core)
     assert torch.equal(seen(model, silent), logits(model))
 
 
-def test_rows_without_an_image_are_the_base_model_bit_for_bit(folder: Path) -> None:
+def test_rows_without_an_image_are_the_base_model_bit_for_bit(folder: Path, make: Make) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    weights = make_weights(model).mask(torch.tensor([True, False]))
+    weights = make(model).mask(torch.tensor([True, False]))
     mixed, base = seen(model, weights), logits(model)
     assert torch.equal(mixed[1], base[1])
     assert (mixed[0] - base[0]).abs().max() > 1e-2
 
 
-def test_second_call_still_sees_the_image(llama: Any) -> None:
-    weights, other = make_weights(llama), make_weights(llama, seed=1)
+def test_second_call_still_sees_the_image(llama: Any, make: Make) -> None:
+    weights, other = make(llama), make(llama, seed=1)
     first = seen(llama, weights)
     assert torch.equal(seen(llama, weights), first)
     assert not torch.equal(seen(llama, other), first)
 
 
-def test_caller_tensors_are_not_written(llama: Any) -> None:
-    weights, ids, mask = make_weights(llama), IDS.clone(), torch.ones_like(IDS)
-    before = copy.deepcopy(weights.factors)
+def test_caller_tensors_are_not_written(llama: Any, make: Make) -> None:
+    weights, ids, mask = make(llama), IDS.clone(), torch.ones_like(IDS)
+    before = [tensor.clone() for tensor in weights.tensors()]
     seen(llama, weights, ids, attention_mask=mask)
     assert torch.equal(ids, IDS)
     assert mask.all()
-    for letter, factor in weights.factors.items():
-        assert torch.equal(factor.a, before[letter].a)
-        assert torch.equal(factor.b, before[letter].b)
+    for tensor, copied in zip(weights.tensors(), before, strict=True):
+        assert torch.equal(tensor, copied)
 
 
-def test_float32_weights_work_on_a_bfloat16_model(llama: Any) -> None:
-    weights = make_weights(llama)
+def test_float32_weights_work_on_a_bfloat16_model(llama: Any, make: Make) -> None:
+    weights = make(llama)
     half = llama.to(torch.bfloat16)
     out = seen(half, weights)
     assert torch.equal(out, seen(half, weights.to(dtype=torch.bfloat16)))
@@ -219,10 +231,10 @@ def test_float32_weights_work_on_a_bfloat16_model(llama: Any) -> None:
 # --- what is left afterwards -------------------------------------------------------------------------
 
 
-def test_nothing_is_left_after_the_context(folder: Path) -> None:
+def test_nothing_is_left_after_the_context(folder: Path, make: Make) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     hooked, base, state = hooks(model), logits(model), copy.deepcopy(model.state_dict())
-    with llava_vlora.seeing(model, make_weights(model)):
+    with llava_vlora.seeing(model, make(model)):
         assert hooks(model) == hooked + len(LAYERS) * len("qkvom")
         assert not torch.equal(logits(model), base)
     assert hooks(model) == hooked
@@ -242,9 +254,9 @@ def test_nothing_is_left_after_an_exception(llama: Any) -> None:
     assert torch.equal(logits(llama), base)
 
 
-def test_nested_contexts_replace_and_restore(llama: Any) -> None:
+def test_nested_contexts_replace_and_restore(llama: Any, make: Make) -> None:
     hooked = hooks(llama)
-    outer, inner = make_weights(llama), make_weights(llama, types="qv", seed=1)
+    outer, inner = make(llama), make(llama, types="qv", seed=1)
     alone = seen(llama, outer), seen(llama, inner)
     with llava_vlora.seeing(llama, outer):
         with llava_vlora.seeing(llama, inner):
@@ -276,9 +288,9 @@ def in_threads(*jobs: Callable[[], None]) -> None:
             done.result(timeout=60)
 
 
-def test_threads_with_two_images_never_mix(llama: Any) -> None:
+def test_threads_with_two_images_never_mix(llama: Any, make: Make) -> None:
     hooked, barrier = hooks(llama), threading.Barrier(2, timeout=60)
-    images = [make_weights(llama, seed=seed) for seed in range(2)]
+    images = [make(llama, seed=seed) for seed in range(2)]
     alone = [seen(llama, image) for image in images]
 
     def look(n: int) -> Callable[[], None]:
@@ -315,15 +327,15 @@ def test_a_thread_without_an_image_sees_the_base_model(llama: Any) -> None:
 
 
 @pytest.mark.parametrize("rows", [3, 4])
-def test_weights_for_another_number_of_rows_are_refused(llama: Any, rows: int) -> None:
+def test_weights_for_another_number_of_rows_are_refused(llama: Any, rows: int, make: Make) -> None:
     with pytest.raises(WeightsError, match=f"has 2 rows, .* are for {rows}"):
-        seen(llama, make_weights(llama, rows=rows))
+        seen(llama, make(llama, rows=rows))
 
 
-def test_expand_refuses_what_is_no_multiple(llama: Any) -> None:
+def test_expand_refuses_what_is_no_multiple(llama: Any, make: Make) -> None:
     with (
         pytest.raises(WeightsError, match=r"has 5 rows, .* are for 2"),
-        llava_vlora.seeing(llama, make_weights(llama), expand=True),
+        llava_vlora.seeing(llama, make(llama), expand=True),
     ):
         logits(llama, IDS[[0, 0, 0, 1, 1]])
 

@@ -18,13 +18,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llava_vlora.errors import CheckpointError, ConfigError, VLoRAError
 from tests.tiny import make_vlora
-from tests.two_stacks import other_python, run_python, train_all, trained
+from tests.two_stacks import other_python, run_python, train_all, train_fast, trained
 
 pytestmark = pytest.mark.slow
 KINDS = [
     "vlora-pretrain",
     "vlora-finetune",
     "vlora-lora",
+    "fast-pretrain",
+    "fast-finetune",
+    "fast-lora",
     "mlp-pretrain",
     "mlp-finetune",
     "mlp-lora",
@@ -36,6 +39,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 def out(llm_dir: Path, tower_dir: Path, data_dir: Path) -> Path:
     """Checkpoints of all kinds, written by LLaVA's trainer."""
     train_all(llm_dir, tower_dir, data_dir)
+    train_fast(llm_dir, tower_dir, data_dir)
     return trained(data_dir)
 
 
@@ -93,7 +97,7 @@ def test_loads_whatever_its_name(
     folder = shutil.copytree(out / kind, tmp_path / name)
     loaded = load(folder, base_of(kind, llm_dir))
     assert type(loaded.model).__name__ == (
-        "LlavaVLoRALlamaForCausalLM" if kind.startswith("vlora") else "LlavaLlamaForCausalLM"
+        "LlavaLlamaForCausalLM" if kind.startswith("mlp") else "LlavaVLoRALlamaForCausalLM"
     )
     state, expected = loaded.model.state_dict(), state_by_hand(folder, llm_dir)
     for key, tensor in expected.items():

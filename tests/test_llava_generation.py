@@ -21,7 +21,10 @@ from tests.tiny import IMAGE_SIZE, make_vlora, trainer
 
 SLOT, NEW = -200, 6
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}
-MODELS = [(family, rule) for family in ("llama", "mistral") for rule in ("gap", "contiguous")]
+MODELS = [("vlora", f, rule) for f in ("llama", "mistral") for rule in ("gap", "contiguous")]
+# What else is injected changes neither families nor placeholders: each of them once.
+MODELS += [("vlora_fast", "llama", "contiguous"), ("vlora_fast", "mistral", "gap")]
+Makes = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
@@ -31,30 +34,30 @@ def bases(llm_dir: Path, mistral_dir: Path) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def made(bases: dict[str, Path], tower_dir: Path) -> Callable[[str, str], Any]:
+def made(bases: dict[str, Path], tower_dir: Path) -> Makes:
     """Makes each VLoRA model once. It never ends an answer early."""
-    models: dict[tuple[str, str], Any] = {}
+    models: dict[tuple[str, str, str], Any] = {}
 
-    def make(family: str, rule: str) -> Any:
-        if (family, rule) not in models:
-            model = make_vlora(bases[family], tower_dir, vlora_placeholder=rule)
+    def make(kind: str, family: str, rule: str) -> Any:
+        if (kind, family, rule) not in models:
+            model = make_vlora(bases[family], tower_dir, kind, vlora_placeholder=rule)
             model.generation_config.eos_token_id = None
-            models[family, rule] = model
-        return models[family, rule]
+            models[kind, family, rule] = model
+        return models[kind, family, rule]
 
     return make
 
 
 @pytest.fixture(params=MODELS, ids="-".join)
-def model(request: pytest.FixtureRequest, made: Callable[[str, str], Any]) -> Any:
-    """Each family with each placeholder rule."""
+def model(request: pytest.FixtureRequest, made: Makes) -> Any:
+    """Each generator and family with each placeholder rule."""
     return made(*request.param)
 
 
 @pytest.fixture
-def llama(made: Callable[[str, str], Any]) -> Any:
-    """The model with the defaults, for what does not depend on family and rule."""
-    return made("llama", "gap")
+def llama(kind: str, made: Makes) -> Any:
+    """A model of each kind of generator, for what does not depend on family and rule."""
+    return made(kind, "llama", "gap")
 
 
 def prompt(length: int = 9, slot: int | None = 4, seed: int = 0) -> Tensor:
@@ -126,10 +129,11 @@ def test_public_bug_decoded_positions_slip_by_one(model: Any) -> None:
     torch.testing.assert_close(scores, forced(model, ids, tokens[0], image), **CLOSE)
 
 
-def test_rules_of_the_placeholder_differ(made: Callable[[str, str], Any]) -> None:
+def test_rules_of_the_placeholder_differ(made: Makes) -> None:
     """Otherwise the tests above could not tell them apart."""
     one, other = (
-        made("llama", rule)(prompt(), images=pictures(1)).logits for rule in ("gap", "contiguous")
+        made("vlora", "llama", rule)(prompt(), images=pictures(1)).logits
+        for rule in ("gap", "contiguous")
     )
     assert (one - other).abs().max() > 0.01
 
@@ -193,10 +197,10 @@ def test_public_bug_second_call_ignored_the_image(model: Any) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_public_bug_pure_text_crashed(
-    family: str, made: Callable[[str, str], Any], bases: dict[str, Path]
+    kind: str, family: str, made: Makes, bases: dict[str, Path]
 ) -> None:
     """Without an image the model is the language model, bit for bit, also after it has seen one."""
-    model, base = made(family, "gap"), AutoModelForCausalLM.from_pretrained(bases[family])
+    model, base = made(kind, family, "gap"), AutoModelForCausalLM.from_pretrained(bases[family])
     base.generation_config.eos_token_id = None
     base = base.to(model.dtype).eval()
     text, hooks = prompt(slot=None), hook_count(model)
@@ -322,8 +326,9 @@ def test_module_hooks_find_tensors_in_what_the_generator_returns(llama: Any) -> 
     hook = llama.generator.register_forward_hook(lambda _, inputs, output: returned.append(output))
     weights = llama.perceive(pictures(2))
     hook.remove()
-    assert list(returned[0]) == list(weights.factors)
-    assert all(type(factor) is Tensor for pair in returned[0].values() for factor in pair)
+    core = [] if weights.core is None else ["core"]
+    assert list(returned[0]) == [*weights.factors, *core]
+    assert all(type(part) is Tensor for parts in returned[0].values() for part in parts)
 
 
 def test_threads_that_look_at_two_images_do_not_meet(llama: Any) -> None:
@@ -363,7 +368,7 @@ def test_forms_of_images_mean_the_same(llama: Any) -> None:
     torch.testing.assert_close(answer(llama, prompt(), images=images[0])[1], single, **CLOSE)
 
 
-def _images(kind: str) -> Any:
+def _images(form: str) -> Any:
     tiles = torch.zeros(1, 5, 3, IMAGE_SIZE, IMAGE_SIZE)
     return {
         "other size": torch.zeros(1, 3, 2 * IMAGE_SIZE, 2 * IMAGE_SIZE),
@@ -372,11 +377,11 @@ def _images(kind: str) -> Any:
         "anyres": tiles,
         "list of anyres": list(tiles),
         "no image": [],
-    }[kind]
+    }[form]
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"),
+    ("form", "message"),
     [
         ("other size", "Image 0 has shape .3, 112, 112.*reads .3, 56, 56"),
         ("not square", r"\(3, 56, 70\)"),
@@ -385,10 +390,10 @@ def _images(kind: str) -> Any:
         ("list of anyres", "5 tiles"),
     ],
 )
-def test_images_of_another_shape_are_refused(llama: Any, kind: str, message: str) -> None:
+def test_images_of_another_shape_are_refused(llama: Any, form: str, message: str) -> None:
     for call in (llama.generate, llama):
         with pytest.raises(ImageError, match=message):
-            call(prompt(), images=_images(kind))
+            call(prompt(), images=_images(form))
 
 
 @pytest.mark.parametrize(
@@ -435,11 +440,13 @@ def test_public_bug_pretraining_tp_ignored_the_image(llm_dir: Path, tower_dir: P
             call(prompt(), images=pictures(1))
 
 
-def test_public_bug_layers_that_skip_layers_does_not_divide(llm_dir: Path, tower_dir: Path) -> None:
+def test_public_bug_layers_that_skip_layers_does_not_divide(
+    kind: str, llm_dir: Path, tower_dir: Path
+) -> None:
     """A reshape failed deep inside; a list of layers serves such models."""
     with pytest.raises(ConfigError, match="4 layers, which skip_layers 3 does not divide"):
-        make_vlora(llm_dir, tower_dir, skip_layers=3)
-    model = make_vlora(llm_dir, tower_dir, skip_layers=3, vlora_layers="0,2")
+        make_vlora(llm_dir, tower_dir, kind, skip_layers=3)
+    model = make_vlora(llm_dir, tower_dir, kind, skip_layers=3, vlora_layers="0,2")
     assert model.generator.layers == (0, 2)
 
 

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.tiny import VLORA_FLAGS, make_llm, training_command
+from tests.tiny import GENERATOR_FLAGS, make_llm, training_command
 from tests.two_stacks import (
     RUN,
     Finished,
@@ -22,6 +22,7 @@ from tests.two_stacks import (
     run_python,
     succeeded,
     train_all,
+    train_fast,
     trained,
 )
 
@@ -36,7 +37,8 @@ needs_pins = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def runs(llm_dir: Path, tower_dir: Path, data_dir: Path) -> Mapping[str, Finished]:
     """What the runs of LLaVA's recipe printed."""
-    return train_all(llm_dir, tower_dir, data_dir)
+    place = (llm_dir, tower_dir, data_dir)
+    return {**train_all(*place), **train_fast(*place)}
 
 
 @pytest.fixture(scope="module")
@@ -69,33 +71,41 @@ def command(stage: str, llm: Path, tower: Path, data: Path, out: Path, **more: A
 # --- the recipe ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["vlora", "mlp"])
+#: Short name in the recipe's runs -> kind of generator.
+SHORT = {"vlora": "vlora", "fast": "vlora_fast"}
+EACH = pytest.mark.parametrize("short", list(SHORT))
+
+
+@pytest.mark.parametrize("short", [*SHORT, "mlp"])
 @pytest.mark.parametrize("stage", ["pretrain", "finetune", "lora"])
-def test_losses_fall(runs: Mapping[str, Finished], kind: str, stage: str) -> None:
-    losses = runs[f"{kind}-{stage}"].losses()
+def test_losses_fall(runs: Mapping[str, Finished], short: str, stage: str) -> None:
+    losses = runs[f"{short}-{stage}"].losses()
     assert len(losses) == RUN["max_steps"]
     assert torch.tensor(losses).isfinite().all()
     assert sum(losses[-3:]) < sum(losses[:3])
 
 
-def test_pretraining_changes_the_generator_alone(out: Path, llm_dir: Path) -> None:
-    before, after = (projector(out / d / "mm_projector.bin") for d in ("noise", "vlora-pretrain"))
+@EACH
+def test_pretraining_changes_the_generator_alone(out: Path, short: str) -> None:
+    folders = (f"{short}-noise", f"{short}-pretrain")
+    before, after = (projector(out / d / "mm_projector.bin") for d in folders)
     # A bias of the keys adds the same to every score, so that its gradient is zero.
     assert changed(before, after) >= {n for n in before if "bias" not in n}
-    assert not any((out / "vlora-pretrain").glob("*.safetensors"))
+    assert not any((out / f"{short}-pretrain").glob("*.safetensors"))
 
 
+@EACH
 def test_finetuning_starts_from_stage_one_and_changes_the_language_model(
-    out: Path, llm_dir: Path
+    out: Path, llm_dir: Path, short: str
 ) -> None:
     base, after = (
         load_file(llm_dir / "model.safetensors"),
-        load_file(out / "vlora-finetune/model.safetensors"),
+        load_file(out / f"{short}-finetune/model.safetensors"),
     )
     assert all((base[name] != after[name]).any() for name in base if "_proj" in name)
     first, then = (
-        projector(out / "vlora-pretrain/mm_projector.bin"),
-        projector(out / "vlora-finetune/model.safetensors"),
+        projector(out / f"{short}-pretrain/mm_projector.bin"),
+        projector(out / f"{short}-finetune/model.safetensors"),
     )
     assert changed(first, then)
     for name, tensor in then.items():
@@ -104,19 +114,23 @@ def test_finetuning_starts_from_stage_one_and_changes_the_language_model(
         )
 
 
-def test_lora_saves_the_whole_generator(out: Path) -> None:
-    first = projector(out / "vlora-pretrain/mm_projector.bin")
-    then = projector(out / "vlora-lora/non_lora_trainables.bin")
+@EACH
+def test_lora_saves_the_whole_generator(out: Path, short: str) -> None:
+    first = projector(out / f"{short}-pretrain/mm_projector.bin")
+    then = projector(out / f"{short}-lora/non_lora_trainables.bin")
     assert changed(first, then)
-    adapter = load_file(out / "vlora-lora/adapter_model.safetensors")
+    adapter = load_file(out / f"{short}-lora/adapter_model.safetensors")
     assert not any("mm_projector" in name or "vision_tower" in name for name in adapter)
     assert any("lora_B" in name and tensor.any() for name, tensor in adapter.items())
 
 
-def test_later_stages_take_the_settings_of_the_first(out: Path) -> None:
+@EACH
+def test_later_stages_take_the_settings_of_the_first(out: Path, short: str) -> None:
+    kind = SHORT[short]
     for stage in ("pretrain", "finetune", "lora"):
-        config = json.loads((out / f"vlora-{stage}" / "config.json").read_text())
-        assert {key: config[key] for key in VLORA_FLAGS} == VLORA_FLAGS
+        config = json.loads((out / f"{short}-{stage}" / "config.json").read_text())
+        assert config["mm_projector_type"] == kind
+        assert {key: config[key] for key in GENERATOR_FLAGS[kind]} == GENERATOR_FLAGS[kind]
         derived = [config[f"vlora_{k}"] for k in ("llm_dim", "llm_depth", "visual_dim", "pos_num")]
         assert derived == [64, 4, 32, 16]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ from llava_vlora.errors import ConfigError, MergeError, WeightsError
 from llava_vlora.merging import MERGE_FROM, plan, unmergeable
 from llava_vlora.turns import turns
 from llava_vlora.weights import Factors
-from tests.test_injection import CLOSE, IDS, LAYERS, RANK, hooks, logits
+from tests.test_injection import CLOSE, IDS, LAYERS, RANK, Make, hooks, logits
 from tests.test_injection import merged as dense_copy
 from tests.test_llava_generation import answer, pictures, prompt
 from tests.tiny import make_vlora
@@ -30,8 +31,10 @@ from tests.tiny import make_vlora
 WAIT = 60
 
 
-def make_weights(model: nn.Module, types: str, rows: int = 1, seed: int = 0) -> PerceptualWeights:
-    """Random weights for any weight types, generated on the side that the types say."""
+def make_weights(
+    model: nn.Module, types: str, rows: int = 1, seed: int = 0, core: bool = False
+) -> PerceptualWeights:
+    """Random weights for any weight types, generated on the side that the types say or as a matrix between both."""
     shape, generator = decoder_shape(model, types), torch.Generator().manual_seed(seed)
     dtype = next(model.parameters()).dtype
 
@@ -41,13 +44,20 @@ def make_weights(model: nn.Module, types: str, rows: int = 1, seed: int = 0) -> 
     factors = {}
     for letter in types:
         sizes = {"a": shape.in_features[letter], "b": shape.out_features[letter]}
-        own = TARGETS[letter].generated
+        own = None if core else TARGETS[letter].generated
         parts = {
             side: random(*((rows,) if side == own else ()), len(LAYERS), size)
             for side, size in sizes.items()
         }
         factors[letter] = Factors(**parts)
-    return PerceptualWeights(factors, LAYERS, torch.ones(rows, dtype=torch.bool))
+    matrix = 3 * random(rows, RANK) if core else None
+    return PerceptualWeights(factors, LAYERS, torch.ones(rows, dtype=torch.bool), matrix)
+
+
+@pytest.fixture(params=[False, True], ids=["factors", "a core"])
+def make(request: pytest.FixtureRequest) -> Make:
+    """:func:`make_weights` for both forms of weights."""
+    return functools.partial(make_weights, core=request.param)
 
 
 def state(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
@@ -69,9 +79,9 @@ def llama(llm_dir: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def vlora(llm_dir: Path, tower_dir: Path) -> Any:
-    """A VLoRA model whose answers never end early."""
-    model = make_vlora(llm_dir, tower_dir)
+def vlora(kind: str, llm_dir: Path, tower_dir: Path) -> Any:
+    """A VLoRA model of each kind whose answers never end early."""
+    model = make_vlora(llm_dir, tower_dir, kind)
     model.generation_config.eos_token_id = None
     return model
 
@@ -83,11 +93,11 @@ def vlora(llm_dir: Path, tower_dir: Path) -> Any:
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 @pytest.mark.usefixtures("float64")
 def test_both_paths_are_the_dense_merge(
-    family: str, types: str, llm_dir: Path, mistral_dir: Path
+    family: str, types: str, llm_dir: Path, mistral_dir: Path, make: Make
 ) -> None:
     folder = llm_dir if family == "llama" else mistral_dir
     model = AutoModelForCausalLM.from_pretrained(folder).double().eval()
-    weights = make_weights(model, types)
+    weights = make(model, types)
     expected = logits(dense_copy(model, weights, 0))
     with llava_vlora.merged(model, weights):
         torch.testing.assert_close(logits(model), expected, **CLOSE)
@@ -96,8 +106,8 @@ def test_both_paths_are_the_dense_merge(
     assert (logits(model) - expected).abs().max() > 0.01
 
 
-def test_each_row_of_a_batch_gets_its_own_ffn_weights(llama: Any) -> None:
-    weights = make_weights(llama, "qkvgud", rows=2)
+def test_each_row_of_a_batch_gets_its_own_ffn_weights(llama: Any, make: Make) -> None:
+    weights = make(llama, "qkvgud", rows=2)
     plain = logits(llama)
     with llava_vlora.seeing(llama, weights):
         both = logits(llama)
@@ -107,8 +117,8 @@ def test_each_row_of_a_batch_gets_its_own_ffn_weights(llama: Any) -> None:
             torch.testing.assert_close(both[row], logits(llama)[row], rtol=0, atol=1e-4)
 
 
-def test_a_merge_leaves_no_hook_in_the_way(llama: Any) -> None:
-    weights = make_weights(llama, "qkvogud")
+def test_a_merge_leaves_no_hook_in_the_way(llama: Any, make: Make) -> None:
+    weights = make(llama, "qkvogud")
     linear = decoder_layers(llama)[LAYERS[0]].mlp.down_proj
     original = linear.weight.detach().clone()
     with llava_vlora.merged(llama, weights):
@@ -130,8 +140,8 @@ def test_a_static_cache_answers_alike(vlora: Any, path: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("context", [llava_vlora.merged, llava_vlora.seeing])
-def test_a_compiled_model_sees_the_image(llama: Any, context: Any) -> None:
-    weights, other = (make_weights(llama, "qkvomgud", seed=seed) for seed in range(2))
+def test_a_compiled_model_sees_the_image(llama: Any, context: Any, make: Make) -> None:
+    weights, other = (make(llama, "qkvomgud", seed=seed) for seed in range(2))
     plain = logits(llama)
     compiled = torch.compile(llama, backend="aot_eager")
     torch.testing.assert_close(logits(compiled), plain, rtol=1e-4, atol=1e-4)
@@ -167,21 +177,23 @@ def test_a_model_with_ffn_weights_trains_from_zero_and_loads(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_weights_come_back_bit_for_bit(llama: Any, dtype: torch.dtype) -> None:
+def test_the_weights_come_back_bit_for_bit(llama: Any, dtype: torch.dtype, make: Make) -> None:
     llama = llama.to(dtype)
     before = state(llama)
     for _ in range(2):
-        with llava_vlora.merged(llama, make_weights(llama, "qkvomgud")):
+        with llava_vlora.merged(llama, make(llama, "qkvomgud")):
             changed = [n for n, p in llama.named_parameters() if p.data_ptr() != before[n][0]]
             assert len(changed) == 7 * len(LAYERS)
     assert_untouched(llama, before)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_an_exception_inside_undoes_the_merge(llama: Any, mode: Callable[[], Any]) -> None:
+def test_an_exception_inside_undoes_the_merge(
+    llama: Any, mode: Callable[[], Any], make: Make
+) -> None:
     before = state(llama)
     with mode(), pytest.raises(ZeroDivisionError):
-        with llava_vlora.merged(llama, make_weights(llama, "qkvom")):
+        with llava_vlora.merged(llama, make(llama, "qkvom")):
             raise ZeroDivisionError
     assert_untouched(llama, before)
     assert not turns(decoder_layers(llama)).mine
@@ -197,22 +209,20 @@ def test_a_merge_that_fails_half_way_is_undone(llama: Any) -> None:
     assert_untouched(llama, before)
 
 
-def test_the_weights_given_are_not_written_to(llama: Any) -> None:
-    weights = make_weights(llama, "qd")
-    copies = [t.clone() for f in weights.factors.values() for t in (f.a, f.b)]
+def test_the_weights_given_are_not_written_to(llama: Any, make: Make) -> None:
+    weights = make(llama, "qd")
+    copies = [t.clone() for t in weights.tensors()]
     with llava_vlora.merged(llama, weights):
         logits(llama)
-    for tensor, copied in zip(
-        [t for f in weights.factors.values() for t in (f.a, f.b)], copies, strict=True
-    ):
+    for tensor, copied in zip(weights.tensors(), copies, strict=True):
         assert torch.equal(tensor, copied)
 
 
 # --- what is refused ---------------------------------------------------------------------------------
 
 
-def test_two_different_images_are_refused(llama: Any) -> None:
-    weights = make_weights(llama, "qm", rows=2)
+def test_two_different_images_are_refused(llama: Any, make: Make) -> None:
+    weights = make(llama, "qm", rows=2)
     with pytest.raises(MergeError, match="2 rows show different images"):
         with llava_vlora.merged(llama, weights):
             pass
@@ -220,9 +230,9 @@ def test_two_different_images_are_refused(llama: Any) -> None:
         pass
 
 
-def test_an_empty_batch_is_refused(llama: Any) -> None:
+def test_an_empty_batch_is_refused(llama: Any, make: Make) -> None:
     with pytest.raises(MergeError, match="empty"):
-        with llava_vlora.merged(llama, make_weights(llama, "q").index([])):
+        with llava_vlora.merged(llama, make(llama, "q").index([])):
             pass
 
 
@@ -233,9 +243,11 @@ def test_offloaded_weights_are_refused(llama: Any) -> None:
             pass
 
 
-def test_a_model_in_parts_sees_the_image_and_is_not_merged(llama: Any, tmp_path: Path) -> None:
+def test_a_model_in_parts_sees_the_image_and_is_not_merged(
+    llama: Any, tmp_path: Path, make: Make
+) -> None:
     """As with ``device_map="auto"`` on a small GPU: some layers wait on the disk until they are called."""
-    weights = make_weights(llama, "qkvomgud", rows=2)
+    weights = make(llama, "qkvomgud", rows=2)
     plain = logits(llama)
     with llava_vlora.seeing(llama, weights):
         expected = logits(llama)
@@ -422,8 +434,10 @@ def test_an_answer_in_progress_keeps_others_from_merging(vlora: Any) -> None:
 
 
 @torch.no_grad()
-def test_a_call_that_breaks_off_between_q_and_k_leaves_nothing_to_the_next(llama: Any) -> None:
-    weights = make_weights(llama, "qkv")
+def test_a_call_that_breaks_off_between_q_and_k_leaves_nothing_to_the_next(
+    llama: Any, make: Make
+) -> None:
+    weights = make(llama, "qkv")
     with llava_vlora.seeing(llama, weights):
         expected = logits(llama)
 

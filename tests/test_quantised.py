@@ -23,12 +23,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 @pytest.fixture(scope="module", params=[8, 4])
 def pair(
     request: pytest.FixtureRequest,
+    kind: str,
     llm_dir: Path,
     tower_dir: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[Any, Any, int]:
     """A model, the same one quantised, and the bits."""
-    model, folder = make_vlora(llm_dir, tower_dir), tmp_path_factory.mktemp("quantised")
+    model, folder = make_vlora(llm_dir, tower_dir, kind), tmp_path_factory.mktemp("quantised")
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(llm_dir, use_fast=False).save_pretrained(folder)
     how = {f"load_{request.param}bit": True}
@@ -42,7 +43,9 @@ def test_layers_are_quantised_and_the_generator_is_not(pair: tuple[Any, Any, int
     model, small, bits = pair
     linear = small.model.layers[1].self_attn.q_proj
     assert type(linear).__name__ == {8: "Linear8bitLt", 4: "Linear4bit"}[bits]
-    assert small.generator.visual_proj.weight.is_floating_point()
+    assert all(p.is_floating_point() for p in small.generator.parameters())
+    plain = {name: type(m) for name, m in model.generator.named_modules()}
+    assert {name: type(m) for name, m in small.generator.named_modules()} == plain
     assert small.get_memory_footprint() < model.get_memory_footprint()
 
 
@@ -60,11 +63,8 @@ def test_it_sees_the_image_as_the_whole_model_does(pair: tuple[Any, Any, int]) -
 def test_weights_of_zero_leave_it_bit_for_bit(pair: tuple[Any, Any, int]) -> None:
     _, small, _ = pair
     weights = small.perceive(pictures(1))
-    nothing = PerceptualWeights(
-        {t: Factors(torch.zeros_like(f.a), f.b) for t, f in weights.factors.items()},
-        weights.layers,
-        weights.present,
-    )
+    factors = {t: Factors(torch.zeros_like(f.a), f.b) for t, f in weights.factors.items()}
+    nothing = PerceptualWeights(factors, weights.layers, weights.present, weights.core)
     ids = prompt(slot=None)
     plain = small(ids).logits
     with small.seeing(nothing):

@@ -14,7 +14,7 @@ import pytest
 from tests.tiny import VLORA_FLAGS, trainer
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-STAGE_2 = ("finetune", "finetune_lora", "finetune_qlora")
+STAGE_2 = ("finetune", "finetune_lora", "finetune_qlora", "finetune_frozen")
 RECIPES = ("pretrain", *STAGE_2, "finetune_task")
 
 
@@ -66,8 +66,43 @@ def test_the_two_models_differ_in_the_projector_type(recipe: str, files: dict[st
     # Stage 1 has each method's published rate and batch, and the generator's shape.
     generator = {f"--{name}" for name in VLORA_FLAGS} | {"--vlora_alpha", "--vlora_type"}
     published = {"--learning_rate", "--gradient_accumulation_steps"}
-    allowed = generator | published if recipe == "pretrain" else set()
-    assert differ == {"--mm_projector_type"} | allowed
+    allowed = {"pretrain": generator | published, "finetune_frozen": {"--learning_rate"}}
+    assert differ == {"--mm_projector_type"} | allowed.get(recipe, set())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_other_generators_differ_from_llava_in_the_projector_type_alone(
+    recipe: str, files: dict[str, str]
+) -> None:
+    fast, llava = (
+        flags_of(command(recipe, MM_PROJECTOR_TYPE=kind, OUT="out", LLM="llm", **files))
+        for kind in ("vlora_fast", "mlp2x_gelu")
+    )
+    assert fast == {**llava, "--mm_projector_type": "vlora_fast"}
+
+
+def test_settings_of_a_generator_are_those_that_were_set(files: dict[str, str]) -> None:
+    """Any name: a generator that another package registers has settings that the recipe does not know."""
+    given = {"VLORA_WINDOW": "4", "VLORA_OWN": "x", "SKIP_LAYERS": "2", **files}
+    for kind, expected in (
+        ("toy", {"--vlora_window": "4", "--vlora_own": "x", "--skip_layers": "2"}),
+        ("linear", {}),
+    ):
+        flags = flags_of(command("pretrain", MM_PROJECTOR_TYPE=kind, **given))
+        own = {n: v for n, v in flags.items() if n.startswith("--vlora_") or n == "--skip_layers"}
+        assert own == expected
+
+
+def test_the_frozen_recipe_is_the_second_stage_without_the_language_model(
+    files: dict[str, str],
+) -> None:
+    frozen, whole = (
+        flags_of(command(r, OUT="out", **files)) for r in ("finetune_frozen", "finetune")
+    )
+    assert frozen.pop("--vlora_freeze_llm") == "True"
+    differ = {name for name in frozen.keys() | whole.keys() if frozen.get(name) != whole.get(name)}
+    assert differ == {"--deepspeed", "--learning_rate"}
+    assert frozen["--deepspeed"].endswith("zero2.json")
 
 
 def test_published_hyperparameters(files: dict[str, str]) -> None:
@@ -76,6 +111,7 @@ def test_published_hyperparameters(files: dict[str, str]) -> None:
         ("pretrain", "vlora", "5e-5", 768),
         ("pretrain", "mlp2x_gelu", "1e-3", 256),
         ("finetune", "vlora", "2e-5", 128),
+        ("pretrain", "vlora_fast", "1e-3", 256),
         ("finetune_lora", "vlora", "2e-4", 128),
         ("finetune_task", "mlp2x_gelu", "2e-5", 128),
     ):
@@ -100,6 +136,7 @@ def test_llava_knows_every_flag(recipe: str, files: dict[str, str], tmp_path: Pa
     )
     assert model.mm_projector_type == "vlora"
     assert training.lora_enable == ("lora" in recipe)
+    assert model.vlora_freeze_llm == (recipe == "finetune_frozen")
     assert training.bits == (4 if recipe == "finetune_qlora" else 16)
 
 
@@ -167,7 +204,6 @@ def test_slurm_starts_a_recipe_on_every_machine(files: dict[str, str], tmp_path:
 @pytest.mark.parametrize(
     ("recipe", "wrong", "message"),
     [
-        ("pretrain", {"MM_PROJECTOR_TYPE": "linear"}, "choose vlora or mlp2x_gelu"),
         ("pretrain", {"DATA": "none.json"}, "there is no file DATA none.json"),
         ("finetune", {"IMAGES": "nowhere"}, "there is no folder IMAGES nowhere"),
         ("finetune", {"PRETRAINED": "none.bin"}, "there is no file PRETRAINED of stage 1 none.bin"),
@@ -203,7 +239,7 @@ def test_deepspeed_configurations_leave_sizes_to_the_trainer() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["vlora", "mlp2x_gelu"])
+@pytest.mark.parametrize("kind", ["vlora", "vlora_fast", "mlp2x_gelu"])
 def test_both_stages_run(
     kind: str, llm_dir: Path, tower_dir: Path, data_dir: Path, tmp_path: Path
 ) -> None:
@@ -214,8 +250,8 @@ def test_both_stages_run(
         "VLORA_DIM": "32",
         "VLORA_DEPTH": "2",
         "VLORA_HEADS": "4",
-        "VLORA_RANK": "4",
         "SKIP_LAYERS": "2",
+        **({"VLORA_RANK": "4"} if kind == "vlora" else {}),
     }
     common = {
         **small,
@@ -244,3 +280,15 @@ def test_both_stages_run(
     config = json.loads((second / "config.json").read_text())
     assert config["mm_projector_type"] == kind
     assert config.get("vlora_rank") == (4 if kind == "vlora" else None)
+    made["OUT"] = str(tmp_path / "frozen")
+    done = run(
+        *("finetune_frozen", *on_cpu),
+        dry=False,
+        DATA=str(data_dir / "finetune.json"),
+        **made,
+        **common,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    left = {path.name for path in Path(made["OUT"]).iterdir()}
+    assert {"config.json", "mm_projector.bin"} <= left
+    assert not any(name.endswith(".safetensors") for name in left)

@@ -57,7 +57,11 @@ LLaVATrainer.training_step = step
 """
 KINDS = {
     "pretrain": {},
-    "full": {"gradient_accumulation_steps": 2, "num_train_epochs": 3},
+    "full": {
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 3,
+        "mm_projector_type": "vlora_fast",
+    },
     # Dropout draws from the generator that the order of the second epoch is drawn from.
     "lora": {"lora_enable": True, "lora_r": 4, "lora_dropout": 0.2, "mm_projector_lr": 1e-3},
     # Accelerate shuffles without LLaVA's grouping, stock LLaVA's projector.

@@ -21,21 +21,26 @@ pytestmark = pytest.mark.one_stack
 IMAGES = 12
 
 
+@pytest.fixture(scope="module", params=["small", "small-free"])
+def size(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(tmp_path_factory: pytest.TempPathFactory, size: str) -> Path:
     root = tmp_path_factory.mktemp("pope")
-    write_pope(root, "small", 3, IMAGES)
+    write_pope(root, size, 3, IMAGES)
     return root
 
 
 @pytest.fixture(scope="module")
-def scenes(root: Path) -> dict[str, Scene]:
+def scenes(root: Path, size: str) -> dict[str, Scene]:
     """The scene of each picture, found again by what it shows."""
     files = sorted((root / "pope" / "val2014").iterdir())
     wanted = {f.name: Image.open(f).convert("RGB").tobytes() for f in files}
-    rng, found = random.Random("pope small 3"), dict[str, Scene]()
+    rng, found = random.Random(f"pope {size} 3"), dict[str, Scene]()
     while len(found) < len(wanted):
-        scene = sample_scene(scene_size("small"), rng, "test")
+        scene = sample_scene(scene_size(size), rng, "test")
         drawn = render(scene).convert("RGB").tobytes()
         found |= {name: scene for name, shown in wanted.items() if shown == drawn}
     return found
@@ -86,9 +91,9 @@ def test_splits_choose_what_is_absent(samples: list[Sample], scenes: dict[str, S
             assert every[asked(sample)] >= max(rest, default=0)
 
 
-def test_the_same_arguments_write_the_same(root: Path, tmp_path: Path) -> None:
-    write_pope(tmp_path, "small", 3, IMAGES)
-    write_pope(tmp_path, "small", 3, IMAGES)
+def test_the_same_arguments_write_the_same(root: Path, size: str, tmp_path: Path) -> None:
+    write_pope(tmp_path, size, 3, IMAGES)
+    write_pope(tmp_path, size, 3, IMAGES)
     for file in (root / "pope").rglob("*"):
         if file.is_file():
             assert (tmp_path / file.relative_to(root)).read_bytes() == file.read_bytes()

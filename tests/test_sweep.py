@@ -23,11 +23,15 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from llava_vlora.cli import main
+from llava_vlora.demo import child
 from llava_vlora.demo.plan import STAGES
 from llava_vlora.errors import CheckpointError, ConfigError
 from llava_vlora.evaluation.files import alone
+from llava_vlora.generators import KINDS
 from llava_vlora.integration.trainer_flags import trainer_flags
-from llava_vlora.sweep import child, results, state, tables
+from llava_vlora.sceneqa import scene_size
+from llava_vlora.sweep import results, state, tables
+from llava_vlora.sweep.flags import meaning
 from llava_vlora.sweep.pipeline import Sweep
 from llava_vlora.sweep.plan import Run, Step, plan
 from llava_vlora.sweep.running import Place, duration, run_steps
@@ -36,6 +40,8 @@ from tests.two_stacks import REPO, environment, run_python
 
 KNOWN = trainer_flags()
 PLACE = Place(1, (), 1)
+#: Flags of all generators.
+SETTINGS = {name for kind in KINDS.values() for name in kind.config.names()}
 #: A sweep file: what stands behind each key, one line each.
 LINES = {
     "out": "OUT",
@@ -82,6 +88,15 @@ MISTAKES: list[tuple[dict[str, str | None], int, list[str]]] = [
     ({"axes": "{vlora_rank: [32, 032]}"}, 5, ["default stands twice"]),
     ({"axes": "{vlora_heads: [16, 7]}"}, 5, ["vlora_heads-7", "vlora_heads 7"]),
     ({"axes": "{skip_layers: [1, 5]}"}, 5, ["skip_layers-5", "skip_layers 5 does not divide"]),
+    ({"base": "{mm_projector_type: mlp}"}, 5, ["'mlp' is unknown", "'vlora', 'vlora_fast'"]),
+    ({"base": "{vlora_gate: False}"}, 3, ["vlora has no setting 'vlora_gate'", "Nor do other"]),
+    ({"axes": "{vlora_gate: [True,\n  False]}"}, 5, ["vlora has no setting 'vlora_gate'", "'vlora_rank'"]),
+    ({"base": "{mm_projector_type: linear}"}, 5, ["linear has no setting 'vlora_rank'; it has none"]),
+    ({"axes": None, "variants": "[{name: a},\n {name: b, mm_projector_type: vlora_fast,\n  vlora_rank: 8}]"}, 7,
+     ["vlora_fast has no setting 'vlora_rank'", "'vlora_stride'"]),
+    ({"axes": "{other: {a: {mm_projector_type: vlora_fast,\n pretrain: {\n vlora_window: 0}}}}"}, 5,
+     ["vlora_window", "at least 1"]),
+    ({"evaluate": "{benchmarks: [sceneqa], blind:\n  [default,\n  rank-8]}"}, 6, ["no variant 'rank-8'", "'default'"]),
     ({"axes": "[]"}, 5, ["`axes`", "key: value"]),
     ({"axes": None, "variants": "[{vlora_rank: 8}]"}, 5, ["needs a `name`"]),
     ({"axes": None, "variants": "[{name: a b}]"}, 5, ["'a b'"]),
@@ -149,18 +164,52 @@ def test_each_axis_is_varied_alone_around_the_default(tmp_path: Path) -> None:
     assert rate["pretrain"] == {**default["pretrain"], "learning_rate": "1e-4"}
     assert rate["finetune"] == default["finetune"]
     changed = {"mm_projector_type": "mlp2x_gelu"}
-    assert connector["pretrain"] == {**default["pretrain"], **changed}
-    assert connector["finetune"] == {**default["finetune"], **changed, "bits": "16"}
+    shared = {s: {n: t for n, t in default[s].items() if n not in SETTINGS} for s in STAGES}
+    assert shared["pretrain"] != default["pretrain"]
+    assert connector["pretrain"] == {**shared["pretrain"], **changed}
+    assert connector["finetune"] == {**shared["finetune"], **changed, "bits": "16"}
 
 
 def test_the_default_is_found_by_what_it_means(tmp_path: Path) -> None:
-    """Without a word VLoRA's depth is 8 and its scale 1; LLaVA's projector has no rank."""
+    """Without a word the paper's generator has a depth of 8 and a scale of 1."""
     plain = {"sceneqa": None, "base": "{mm_projector_type: vlora, " + MODELS + "}"}
     found = spec(tmp_path, **plain, axes="{vlora_depth: [4, 8], vlora_alpha: [32, 64.0]}")
     assert [v.name for v in found.variants] == ["default", "vlora_depth-4", "vlora_alpha-32"]
-    stock = {"sceneqa": None, "base": "{mm_projector_type: linear, " + MODELS + "}"}
-    with pytest.raises(ConfigError, match="default stands twice"):
-        spec(tmp_path, **stock, axes="{vlora_rank: [4, 8]}")
+
+
+def test_a_variant_has_the_recipe_and_the_settings_of_its_own_generator(tmp_path: Path) -> None:
+    """The rank of the base is the paper's alone; the width is everyone's; LLaVA has neither."""
+    found = spec(
+        tmp_path,
+        base="{vlora_rank: 24, vlora_dim: 64, vlora_gate: False}",
+        axes=None,
+        variants="[{name: paper}, {name: fast, mm_projector_type: vlora_fast},\n"
+        " {name: joined, mm_projector_type: vlora_fast, vlora_stride: 2}, {name: mlp, mm_projector_type: mlp2x_gelu}]",
+    )
+    own = {
+        v.name: {n: t for n, t in v.flags["finetune"].items() if n in SETTINGS}
+        for v in found.variants
+    }
+    recipe = scene_size("small").recipe
+    paper = {n: str(v) for n, v in recipe.settings("vlora").items() if n != "vlora_alpha"}
+    fast = {n: str(v) for n, v in recipe.settings("vlora_fast").items()}
+    assert own["paper"] == {**paper, "vlora_rank": "24", "vlora_dim": "64"}
+    assert own["fast"] == {**fast, "vlora_dim": "64", "vlora_gate": "False"}
+    assert own["joined"] == {**own["fast"], "vlora_stride": "2"}
+    assert own["mlp"] == {}
+    values = meaning(found.variants[1].flags["finetune"], KNOWN)
+    assert set(KINDS["vlora_fast"].config.names()) <= values.keys()
+    # The tower of `small` has 16 patches, which are few enough for one vector each.
+    assert (values["vlora_window"], values["vlora_stride"], values["vlora_alpha"]) == (1, 1, 1.0)
+
+
+def test_what_a_generator_resolves_is_the_default(tmp_path: Path) -> None:
+    """From 64 patches on, fast weights join neighbours: a window of 4 and a stride of 2 on the 144 of `full`."""
+    axes = "{windows: {own: {}, 1/1: {vlora_window: 1, vlora_stride: 1}, 4/2: {vlora_window: 4, vlora_stride: 2}}}"
+    for size, same in (("small", "1/1"), ("full", "4/2")):
+        lines = {"sceneqa": f"{{size: {size}}}", "base": "{mm_projector_type: vlora_fast}"}
+        with pytest.raises(ConfigError, match=f"windows {same}: the default stands twice"):
+            spec(tmp_path, **lines, axes=axes)
 
 
 def test_a_grid_has_every_pair(tmp_path: Path) -> None:
@@ -256,11 +305,12 @@ def test_commands_are_those_that_users_run(tmp_path: Path) -> None:
     assert below.command[:5] == ("torchrun", "--nproc_per_node", "2", "-m", "llava_vlora")
 
 
-def test_lora_is_evaluated_with_its_base_and_a_given_projector_needs_no_stage_1(
-    tmp_path: Path,
+@pytest.mark.parametrize("partial", ["lora_enable", "vlora_freeze_llm"])
+def test_parts_are_evaluated_with_their_base_and_a_given_projector_needs_no_stage_1(
+    partial: str, tmp_path: Path
 ) -> None:
     (tmp_path / "p.bin").write_bytes(b"1")
-    base = f"{{finetune: {{lora_enable: True, pretrain_mm_mlp_adapter: {tmp_path}/p.bin}}}}"
+    base = f"{{finetune: {{{partial}: True, pretrain_mm_mlp_adapter: {tmp_path}/p.bin}}}}"
     run = plan(spec(tmp_path, base=base))[0]
     assert [step.kind for step in run.steps] == ["finetune", "evaluate"]
     assert (
@@ -269,6 +319,41 @@ def test_lora_is_evaluated_with_its_base_and_a_given_projector_needs_no_stage_1(
     )
     (tmp_path / "p.bin").write_bytes(b"2")
     assert plan(spec(tmp_path, base=base))[0].finetune.key != run.finetune.key
+
+
+def test_blind_answers_of_some_variants(tmp_path: Path) -> None:
+    found = spec(tmp_path, evaluate="{benchmarks: [sceneqa], blind: [default]}")
+    kinds = {run.variant.name: [step.kind for step in run.evaluations] for run in plan(found)}
+    assert kinds == {"default": ["evaluate", "blind"], "vlora_rank-8": ["evaluate"]}
+    every = spec(tmp_path, evaluate="{benchmarks: [sceneqa], blind: true}")
+    assert all(len(run.evaluations) == 2 for run in plan(every))
+    (table,) = tables.text_tables(results.collect(found, plan(found)))
+    assert table.columns[1:3] == ("SceneQA", "SceneQA, blind")
+
+
+def test_the_evidence_for_fast_weights_is_planned_whole() -> None:
+    small, full = (
+        read_spec(REPO / "eval" / f"sweep-{n}.yaml", KNOWN) for n in ("fast", "fast-full")
+    )
+    assert small.seeds == (0, 1, 2)
+    rows = {b.title: [r.label for r in b.rows] for b in small.blocks}
+    assert rows["connector"] == ["fast weights", "LLaVA", "VLoRA"]
+    assert rows["vlora_type"] == ["vo", "qkvom"]
+    assert rows["windows"] == ["1/1", "3/1", "2/2", "4/2"]
+    # What the default resolves to is not trained twice: 1/1 of 16 patches, 4/2 of 144.
+    defaults = {
+        s: next(r.label for r in f.blocks[-1].rows if r.variant == "default")
+        for s, f in (("s", small), ("f", full))
+    }
+    assert defaults == {"s": "1/1", "f": "4/2"}
+    steps = {
+        (v.flags[s]["max_steps"], v.flags[s]["per_device_train_batch_size"])
+        for v in small.variants
+        for s in STAGES
+    }
+    assert steps == {("300", "32"), ("320", "32")}
+    frozen = [v.name for v in small.variants if "vlora_freeze_llm" in v.flags["finetune"]]
+    assert len(frozen) == 3
 
 
 # --- what is left to do -----------------------------------------------------------------------------

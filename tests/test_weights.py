@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,17 +25,23 @@ WIDTHS = {"q": (6, 6), "k": (6, 4), "m": (6, 6)}
 
 
 def make_weights(shared: str = "b", **options: Any) -> PerceptualWeights:
-    """Random weights of three images; the factors named in ``shared`` are the same for all images."""
+    """Random weights of three images; the factors named in ``shared`` are the same for all images.
+
+    "core": both are, and each image is a matrix between them.
+    """
 
     def factor(side: str, width: int) -> Tensor:
-        rows = () if side in shared else (ROWS,)
+        rows = () if side in shared or shared == "core" else (ROWS,)
         return torch.randn(*rows, len(LAYERS), width, RANK, **options)
 
     factors = {t: Factors(factor("a", i), factor("b", o)) for t, (i, o) in WIDTHS.items()}
-    return PerceptualWeights(factors, LAYERS, torch.tensor([True, True, False]))
+    core = torch.randn(ROWS, RANK, RANK, **options) if shared == "core" else None
+    return PerceptualWeights(factors, LAYERS, torch.tensor([True, True, False]), core)
 
 
-@pytest.fixture(params=["b", "a", ""], ids=["b shared", "a shared", "none shared"])
+@pytest.fixture(
+    params=["b", "a", "", "core"], ids=["b shared", "a shared", "none shared", "a core"]
+)
 def weights(request: pytest.FixtureRequest) -> PerceptualWeights:
     """Weights with each choice of the factor that all images share."""
     return make_weights(request.param)
@@ -48,7 +56,10 @@ def by_row(weights: PerceptualWeights) -> list[dict[tuple[str, int], Tensor]]:
             a = factor.a[n] if factor.a.ndim == 4 else factor.a
             b = factor.b[n] if factor.b.ndim == 4 else factor.b
             for j, layer in enumerate(weights.layers):
-                row[letter, layer] = torch.einsum("or,ir->oi", b[j], a[j])
+                if weights.core is None:
+                    row[letter, layer] = torch.einsum("or,ir->oi", b[j], a[j])
+                else:
+                    row[letter, layer] = torch.einsum("os,rs,ir->oi", b[j], weights.core[n], a[j])
         rows.append(row)
     return rows
 
@@ -121,14 +132,14 @@ def test_mask_takes_the_image_from_rows(weights: PerceptualWeights, dtype: torch
     assert masked.present.tolist() == [True, False, False]
 
 
-def test_mask_keeps_the_graph_with_zero_gradients() -> None:
-    weights = make_weights(requires_grad=True)
+@pytest.mark.parametrize("shared", ["b", "core"])
+def test_mask_keeps_the_graph_with_zero_gradients(shared: str) -> None:
+    weights = make_weights(shared, requires_grad=True)
     masked = weights.mask(torch.zeros(ROWS, dtype=torch.bool))
     sum(masked.dense(t, i).sum() for t in WIDTHS for i in LAYERS).backward()
-    for factor in weights.factors.values():
-        for tensor in (factor.a, factor.b):
-            assert tensor.grad is not None
-            assert not tensor.grad.any()
+    for tensor in weights.tensors():
+        assert tensor.grad is not None
+        assert not tensor.grad.any()
 
 
 def test_mask_of_another_length_is_refused() -> None:
@@ -136,8 +147,9 @@ def test_mask_of_another_length_is_refused() -> None:
         make_weights().mask(torch.ones(2, dtype=torch.bool))
 
 
-def test_what_images_share_stays_one_tensor() -> None:
-    weights = make_weights()
+@pytest.mark.parametrize("shared", ["b", "core"])
+def test_what_images_share_stays_one_tensor(shared: str) -> None:
+    weights = make_weights(shared)
     for other in (weights.index([0, 1]), weights.repeat_interleave(4), weights.detach()):
         assert other.factors["q"].b.data_ptr() == weights.factors["q"].b.data_ptr()
     assert weights.to("cpu", torch.float32).factors["q"].a is weights.factors["q"].a
@@ -147,14 +159,25 @@ def test_nbytes_counts_what_is_shared_once() -> None:
     numbers = sum(len(LAYERS) * RANK * (ROWS * i + o) for i, o in WIDTHS.values())
     assert make_weights().nbytes == 4 * numbers
     assert make_weights().to(dtype=torch.bfloat16).nbytes == 2 * numbers
+    learned = sum(len(LAYERS) * RANK * (i + o) for i, o in WIDTHS.values())
+    assert make_weights("core").nbytes == 4 * (learned + ROWS * RANK**2)
 
 
-def test_detach_ends_the_graph() -> None:
-    weights = make_weights(requires_grad=True)
-    assert not any(
-        f.a.requires_grad or f.b.requires_grad for f in weights.detach().factors.values()
-    )
-    assert weights.factors["q"].a.requires_grad
+def test_bytes_of_an_image_are_those_that_differ_between_images() -> None:
+    own = {
+        "b": sum(len(LAYERS) * RANK * i for i, _ in WIDTHS.values()),
+        "": sum(len(LAYERS) * RANK * (i + o) for i, o in WIDTHS.values()),
+        "core": RANK**2,
+    }
+    for shared, numbers in own.items():
+        assert make_weights(shared).image_bytes == 4 * ROWS * numbers
+
+
+@pytest.mark.parametrize("shared", ["b", "core"])
+def test_detach_ends_the_graph(shared: str) -> None:
+    weights = make_weights(shared, requires_grad=True)
+    assert not any(tensor.requires_grad for tensor in weights.detach().tensors())
+    assert all(tensor.requires_grad for tensor in weights.tensors())
 
 
 @pytest.mark.parametrize(
@@ -179,6 +202,81 @@ def test_operations_leave_their_object_alone(
     assert torch.equal(weights.present, present)
 
 
+# --- rank and core -----------------------------------------------------------------------------------
+
+
+def test_spelled_weights_are_the_same_without_a_core(weights: PerceptualWeights) -> None:
+    spelled = weights.spelled()
+    assert spelled.core is None
+    assert torch.equal(spelled.present, weights.present)
+    for found, row in zip(by_row(spelled), by_row(weights), strict=True):
+        for place, matrix in row.items():
+            torch.testing.assert_close(found[place], matrix)
+
+
+def test_a_cut_without_a_core_is_the_nearest_of_each_weight(weights: PerceptualWeights) -> None:
+    """Eckart and Young: the error is the sum of squares of the singular values that are left out."""
+    weights = weights.spelled()
+    cut, lost, total = weights.truncate(1), torch.zeros(ROWS), torch.zeros(ROWS)
+    assert cut.rank == 1
+    assert torch.equal(cut.present, weights.present)
+    for n, row in enumerate(by_row(weights)):
+        for (letter, layer), matrix in row.items():
+            left, values, right = torch.linalg.svd(matrix)
+            nearest = values[0] * left[:, :1] @ right[:1]
+            torch.testing.assert_close(cut.dense(letter, layer, n), nearest, rtol=0, atol=1e-5)
+            lost[n] += values[1:].square().sum()
+            total[n] += values.square().sum()
+    torch.testing.assert_close(weights.lost_share(1), lost / total)
+
+
+def test_a_cut_core_is_the_nearest_matrix_between_the_same_factors() -> None:
+    weights = make_weights("core")
+    assert weights.core is not None
+    cut, share = weights.truncate(1), weights.lost_share(1)
+    assert (cut.core, cut.rank) == (None, 1)
+    for n, core in enumerate(weights.core):
+        left, values, right = torch.linalg.svd(core)
+        nearest = values[0] * left[:, :1] @ right[:1]
+        torch.testing.assert_close(share[n], (core - nearest).square().sum() / core.square().sum())
+        for letter, factor in weights.factors.items():
+            for j, layer in enumerate(LAYERS):
+                expected = factor.b[j] @ nearest.T @ factor.a[j].T
+                found = cut.dense(letter, layer, n)
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_whole_rank_loses_nothing(weights: PerceptualWeights) -> None:
+    whole = weights.truncate(RANK)
+    assert whole.rank == RANK
+    torch.testing.assert_close(weights.lost_share(RANK), torch.zeros(ROWS))
+    for found, row in zip(by_row(whole), by_row(weights), strict=True):
+        for place, matrix in row.items():
+            torch.testing.assert_close(found[place], matrix, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_without_an_image_have_nothing_to_lose(weights: PerceptualWeights) -> None:
+    masked = weights.mask(torch.tensor([True, False, True]))
+    assert masked.lost_share(1)[1] == 0
+    assert not masked.truncate(1).dense("q", 1, 1).any()
+    assert masked.truncate(1).present.tolist() == masked.present.tolist()
+
+
+@pytest.mark.parametrize("rank", [0, -1, RANK + 1, 1.5])
+def test_a_rank_that_is_none_is_refused(weights: PerceptualWeights, rank: Any) -> None:
+    for cut in (weights.truncate, weights.lost_share):
+        with pytest.raises(WeightsError, match=rf"Rank {rank} is not one of 1 to {RANK}"):
+            cut(rank)
+
+
+def test_a_core_needs_factors_that_all_images_share() -> None:
+    core = torch.randn(ROWS, RANK, RANK)
+    with pytest.raises(WeightsError, match="factors of images: 'q', 'k', 'm'"):
+        replace(make_weights("b"), core=core)
+    with pytest.raises(WeightsError, match=r"the core has shape \(2, 2\)"):
+        replace(make_weights("core"), core=core[0])
+
+
 # --- files -------------------------------------------------------------------------------------------
 
 
@@ -196,6 +294,21 @@ def test_a_file_gives_back_the_same_weights(
             ours, theirs = getattr(read.factors[letter], side), getattr(factor, side)
             assert ours.dtype == dtype
             assert torch.equal(ours, theirs)
+    if stored.core is None:
+        assert read.core is None
+    else:
+        assert read.core is not None
+        assert read.core.dtype == dtype
+        assert torch.equal(read.core, stored.core)
+
+
+@pytest.mark.parametrize(("shared", "version"), [("b", "1"), ("core", "2")])
+def test_only_a_core_needs_the_second_version(shared: str, version: str, tmp_path: Path) -> None:
+    """What the paper's generator makes stays readable to releases that know version 1 alone."""
+    make_weights(shared).save(tmp_path / "image.safetensors")
+    with safe_open(tmp_path / "image.safetensors", "pt") as file:
+        assert file.metadata()["version"] == version
+        assert ("core" in file.keys()) == (shared == "core")
 
 
 def test_weights_of_a_running_graph_and_views_can_be_saved(tmp_path: Path) -> None:
@@ -238,18 +351,26 @@ def rewritten(path: Path, drop: str | None = None, **header: str) -> Path:
 
 @pytest.mark.parametrize(
     "header",
-    [{"format": ""}, {"format": "pt"}, {"version": "2"}],
+    [{"format": ""}, {"format": "pt"}, {"version": "3"}],
     ids=["no format", "another format", "newer version"],
 )
 def test_a_foreign_file_is_named(tmp_path: Path, header: dict[str, str]) -> None:
-    with pytest.raises(CheckpointError, match="is not a file of perceptual weights of version 1"):
+    with pytest.raises(
+        CheckpointError, match="is not a file of perceptual weights of version 1 or 2"
+    ):
         PerceptualWeights.load(rewritten(tmp_path / "image.safetensors", **header))
 
 
 @pytest.mark.parametrize(
     ("drop", "header"),
-    [("k.a", {}), ("present", {}), (None, {"types": ""}), (None, {"layers": "[1,"})],
-    ids=["a factor", "present", "types", "layers"],
+    [
+        ("k.a", {}),
+        ("present", {}),
+        (None, {"types": ""}),
+        (None, {"layers": "[1,"}),
+        (None, {"version": "2"}),
+    ],
+    ids=["a factor", "present", "types", "layers", "core"],
 )
 def test_a_file_without_a_part_is_named(
     tmp_path: Path, drop: str | None, header: dict[str, str]

@@ -38,6 +38,19 @@ VLORA_FLAGS = {
     "skip_layers": 2,
 }
 
+#: The same for each kind of generator, by the value of ``--mm_projector_type``.
+GENERATOR_FLAGS: dict[str, dict[str, Any]] = {
+    "vlora": VLORA_FLAGS,
+    "vlora_fast": {
+        "vlora_type": "qkvom",  # all places, as the paper's generator has by default
+        "vlora_dim": 32,
+        "vlora_depth": 1,
+        "vlora_heads": 4,
+        "vlora_alpha": 0.05,  # weights of noise as large as those of the paper's generator
+        "skip_layers": 2,
+    },
+}
+
 
 def make_tokenizer(folder: Path) -> int:
     """A sentencepiece tokenizer with LLaVA's special ids, saved as Llama's; returns the number of tokens."""
@@ -191,22 +204,21 @@ def training_command(
         flags["tune_mm_mlp_adapter"] = True
     else:
         flags["group_by_modality_length"] = True
-    if projector == "vlora":
-        flags.update(VLORA_FLAGS)
+    flags.update(GENERATOR_FLAGS.get(projector, {}))
     flags.update(more)
     given = {name: value for name, value in flags.items() if value is not None}
     return [part for name, value in given.items() for part in (f"--{name}", str(value))]
 
 
-def make_vlora(llm: Path, tower: Path, **settings: object) -> Any:
+def make_vlora(llm: Path, tower: Path, kind: str = "vlora", **settings: object) -> Any:
     """A VLoRA model made as LLaVA's trainer makes it, whose generator is noise in which images matter."""
     train = trainer()
     arguments = train.ModelArguments(
         model_name_or_path=str(llm),
         vision_tower=str(tower),
-        mm_projector_type="vlora",
+        mm_projector_type=kind,
         mm_use_im_patch_token=False,
-        **{"mm_vision_select_layer": -2, **VLORA_FLAGS, **settings},
+        **{"mm_vision_select_layer": -2, **GENERATOR_FLAGS[kind], **settings},
     )
     model = train.LlavaLlamaForCausalLM.from_pretrained(str(llm))
     torch.manual_seed(2)  # the queries are drawn when the generator is made

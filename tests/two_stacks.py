@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 
-from tests.tiny import VLORA_FLAGS, make_vlora, training_command
+from tests.tiny import GENERATOR_FLAGS, make_vlora, training_command
 
 REPO = Path(__file__).parents[1]
 #: Enough steps for a loss to fall.
@@ -197,17 +197,22 @@ def train_all(llm: Path, tower: Path, data: Path) -> Mapping[str, Finished]:
     Each leaves a checkpoint in :func:`trained`. VLoRA starts from noise, so that images matter at once, and only
     its first stage is given the VLoRA flags.
     """
-    root = trained(data)
-    noise = root / "noise"
-    noise.mkdir(parents=True)
-    model = make_vlora(llm, tower)
-    state = {f"model.mm_projector.{k}": v for k, v in model.generator.state_dict().items()}
-    torch.save(state, noise / "mm_projector.bin")
-    commands = {}
-    for short, projector in (("vlora", "vlora"), ("mlp", "mlp2x_gelu")):
+    return _train(llm, tower, data, {"vlora": "vlora", "mlp": "mlp2x_gelu"})
+
+
+@functools.cache
+def train_fast(llm: Path, tower: Path, data: Path) -> Mapping[str, Finished]:
+    """The same for fast weights: ``fast-pretrain``, ``fast-finetune``, ``fast-lora``."""
+    return _train(llm, tower, data, {"fast": "vlora_fast"})
+
+
+def _train(llm: Path, tower: Path, data: Path, kinds: Mapping[str, str]) -> Mapping[str, Finished]:
+    root, commands = trained(data), {}
+    for short, projector in kinds.items():
+        start, unsaid = None, dict.fromkeys(GENERATOR_FLAGS.get(projector, {}))
+        if unsaid:
+            start = save_noise(llm, tower, root / f"{short}-noise", projector)
         first, then = root / f"{short}-pretrain", root / f"{short}-pretrain" / "mm_projector.bin"
-        start = noise / "mm_projector.bin" if short == "vlora" else None
-        unsaid = dict.fromkeys(VLORA_FLAGS)
         commands[f"{short}-pretrain"] = training_command(
             "pretrain", llm, tower, data, first, projector, pretrain_mm_mlp_adapter=start, **RUN
         )
@@ -237,6 +242,15 @@ def train_all(llm: Path, tower: Path, data: Path) -> Mapping[str, Finished]:
             **unsaid,
         )
     return succeeded(run_modules({n: ["llava.train.train", *c] for n, c in commands.items()}, root))
+
+
+def save_noise(llm: Path, tower: Path, folder: Path, kind: str = "vlora") -> Path:
+    """A generator in which images matter at once, as stage 1 would leave it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = make_vlora(llm, tower, kind).generator.state_dict()
+    file = folder / "mm_projector.bin"
+    torch.save({f"model.mm_projector.{k}": v for k, v in state.items()}, file)
+    return file
 
 
 def trained(data: Path) -> Path:

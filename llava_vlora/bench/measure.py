@@ -16,9 +16,11 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from .. import provenance
 from ..errors import ConfigError, listing
+from ..generators import KINDS
 from ..integration.fresh import Models, random_models
-from .calls import IMAGE_STEPS, Calls
+from .calls import IMAGE_STEPS, SHARED_STEPS, Calls
 from .shapes import Shape
+from .systems import BESIDE, CACHED, IDLE, LIMIT, LLAVA, MERGED, TEXT, labels, system
 from .timing import Prepared, in_turns, peak_bytes
 
 #: Part -> what it measures.
@@ -32,8 +34,11 @@ PARTS = {
     "visual": "connector and prefill against the number of visual tokens",
     "text": "connector and prefill against the length of the text",
 }
-VISUAL_TOKENS = (144, 576, 2880)
+#: Squares: 12, 24 and 54 patches a side, the last one as many as the tiles of a picture of high resolution.
+VISUAL_TOKENS = (144, 576, 2916)
 TEXT_TOKENS = (16, 64, 256, 1024)
+#: The largest batch whose prompts are read together.
+_READ_TOGETHER = 8
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,19 @@ class Options:
     """8 or 4: the decoder layers are quantised with bitsandbytes; there is no merging then."""
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of generators that are measured."""
+        return tuple(self.shape.generators)
+
+    def ways(self, *ways: str) -> tuple[str, ...]:
+        """The systems of all kinds of generators in these ways; none of a quantised model is merged."""
+        chosen = [way for way in ways if not (self.bits and way == MERGED)]
+        return tuple(system(kind, way) for kind in self.kinds for way in chosen)
+
+    @property
     def systems(self) -> tuple[str, ...]:
         """What is compared everywhere."""
-        return ("text", "llava", "batched", *(() if self.bits else ("merged",)))
+        return (TEXT, LLAVA, *self.ways(BESIDE, MERGED))
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured.
@@ -115,7 +130,7 @@ class Bench:
             self.models: Models = random_models(
                 LlamaConfig(**shape.language),
                 CLIPVisionConfig(**shape.vision),
-                shape.settings,
+                shape.generators,
                 device=options.device,
                 dtype=options.dtype,
                 bits=options.bits,
@@ -140,9 +155,14 @@ class Bench:
                 for system, seconds in found.items()
             ]
         memory = self._memory() if "memory" in self.options.parts else None
+        named = [cell.system for cell in cells] + list(
+            memory["peak_beyond_weights"] if memory else ()
+        )
         return {
-            "shape": dataclasses.asdict(self.options.shape)
-            | {"patches": self.options.shape.patches},
+            "kind": "bench",
+            "shape": self.options.shape.facts(),
+            "kinds": {kind: KINDS[kind].label for kind in self.options.kinds},
+            "systems": labels(named),
             "options": {
                 "rounds": self.options.rounds,
                 "text_tokens": self.options.text_tokens,
@@ -175,42 +195,47 @@ class Bench:
             by_part[part].append(_Group(part, systems, make, usual | sizes, each))
 
         every = options.systems
-        add("prefill", every, partial(calls.prefill, text=text, visual=visual))
-        add("first", (*every, "cached"), partial(calls.first_token, text=text))
+        for n in options.batches:
+            if n <= _READ_TOGETHER:
+                # Many visual tokens a row take long on a CPU and say nothing new.
+                compared = every if n == min(options.batches) else (TEXT, *options.ways(BESIDE))
+                make = partial(calls.prefill, text=text, visual=visual, batch=n)
+                add("prefill", compared, make, batch=n)
+        first = (*every, LIMIT, *options.ways(CACHED))
+        add("first", first, partial(calls.first_token, text=text))
         for n in options.batches:
             make = partial(calls.decode, batch=n, text=text, visual=visual, steps=steps)
-            add("decode", (*every, "idle"), make, batch=n)
-        add("answer", (*every, "cached", "idle"), partial(calls.answer, text=text, tokens=steps))
-        steps_of_image = [
-            s for s in IMAGE_STEPS if not (options.bits and s in ("merge", "restore"))
-        ]
-        add("image", steps_of_image, lambda step: image()[step])
-        grows = ("text", "llava", "batched")
+            idle = options.ways(IDLE) if n == min(options.batches) else ()
+            add("decode", (*every, *idle), make, batch=n)
+        answers = (*every, *options.ways(CACHED, IDLE))
+        add("answer", answers, partial(calls.answer, text=text, tokens=steps))
+        own = [s for s in IMAGE_STEPS if not (options.bits and s in ("merge", "restore"))]
+        image_steps = (*SHARED_STEPS, *options.ways(*own))
+        add("image", image_steps, lambda step: image()[step])
+        grows = (TEXT, LLAVA, *options.ways(BESIDE))
+        alone = options.ways("generator", "prefill")
         for n in VISUAL_TOKENS:
-            add("visual", grows, partial(calls.from_features, text=text, visual=n), visual=n)
+            make = partial(calls.from_features, text=text, visual=n)
+            add("visual", (*grows, *alone), make, visual=n)
         for n in TEXT_TOKENS:
             add("text", grows, partial(calls.from_features, text=n, visual=visual), text=n)
         return itertools.chain.from_iterable(by_part[part] for part in options.parts)
 
     def _memory(self) -> dict[str, Any]:
         text, peaks = self.options.text_tokens, dict[str, int | None]()
-        for system in (*self.options.systems, "cached"):
-            with self.calls.first_token(system, text)() as call:
-                peaks[system] = peak_bytes(call, self.options.device)
+        for name in (*self.options.systems, LIMIT, *self.options.ways(CACHED)):
+            with self.calls.first_token(name, text)() as call:
+                peaks[name] = peak_bytes(call, self.options.device)
         return {
             "peak_beyond_weights": peaks,
-            "image": self.calls.image_bytes(text, self.options.shape.patches),
+            "image": self.calls.image_facts(text, self.options.shape.patches),
         }
 
     def _weight_bytes(self) -> dict[str, int]:
-        """Bytes of weights, by part."""
+        """Bytes of weights, by part; those of what connects image and language model by model."""
         models = self.models
-        parts = {
-            "language model": models.text,
-            "vision tower": models.tower,
-            "projector": models.llava.model.mm_projector,
-            "generator": models.vlora.generator,
-        }
+        parts = {"language model": models.text, "vision tower": models.tower}
+        parts |= {name: model.model.mm_projector for name, model in models.pictured.items()}
         return {
             name: sum(_bytes(p) + _scales(p) for p in part.parameters())
             for name, part in parts.items()

@@ -9,16 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..report.plots import GRID, new_figure
-from .calls import SYSTEMS
+from .colors import color
 from .summary import Result, groups, precision, ratio
+from .systems import BESIDE, IDLE, LLAVA, TEXT, parts_of, system
 
-_COLORS = {
-    "text": "#7b8794",
-    "llava": "#0072B2",
-    "batched": "#D55E00",
-    "merged": "#E69F00",
-    "cached": "#009E73",
-}
 _BAR: dict[str, Any] = {"edgecolor": "white", "linewidth": 0.5}
 
 
@@ -54,23 +48,27 @@ def _first_token(axes: Axes, result: Result, part: str) -> None:
     names = list(group)
     values = [median(group[name]["seconds"]) for name in names]
     bars = axes.barh(
-        [SYSTEMS[n] for n in names], values, 0.6, color=[_COLORS[n] for n in names], **_BAR
+        [result["systems"][n] for n in names],
+        values,
+        0.6,
+        color=[color(n, result["kinds"]) for n in names],
+        **_BAR,
     )
     axes.bar_label(bars, fmt="%.3g s", fontsize=8, padding=2)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.3 * max(values))
     axes.grid(axis="x", color=GRID)
     axes.grid(axis="y", visible=False)
-    text = group["text"]["text"]
+    text = group[TEXT]["text"]
     axes.set_title(f"To the first token, {text} text tokens", loc="left", fontsize=9.5)
 
 
 def _decoding(axes: Axes, result: Result, part: str) -> None:
     found = groups(result, part)
-    names = [name for name in ("llava", "batched", "merged") if name in found[0]]
+    names = [name for name in found[-1] if name != TEXT and parts_of(name)[1] != IDLE]
     width = 0.8 / len(names)
     for i, name in enumerate(names):
-        speeds = [ratio(group["text"], group[name]) for group in found]
+        speeds = [ratio(group[TEXT], group[name]) for group in found]
         places = [j + (i - (len(names) - 1) / 2) * width for j in range(len(found))]
         arms: Any = (
             [s.value - s.low for s in speeds],
@@ -80,14 +78,14 @@ def _decoding(axes: Axes, result: Result, part: str) -> None:
             places,
             [s.value for s in speeds],
             width,
-            color=_COLORS[name],
-            label=SYSTEMS[name],
+            color=color(name, result["kinds"]),
+            label=result["systems"][name],
             **_BAR,
         )
         axes.errorbar(
             places, [s.value for s in speeds], arms, fmt="none", ecolor="#1f2933", elinewidth=1
         )
-    axes.axhline(1, color=_COLORS["text"], lw=1, ls="--")
+    axes.axhline(1, color=color(TEXT, ()), lw=1, ls="--")
     axes.set_xticks(range(len(found)), [f"batch {group['text']['batch']}" for group in found])
     axes.set_ylim(0, 1.3)
     axes.set_title("Decoding speed, text only = 1", loc="left", fontsize=9.5)
@@ -96,10 +94,12 @@ def _decoding(axes: Axes, result: Result, part: str) -> None:
 
 def _growth(axes: Axes, result: Result, part: str) -> None:
     found = groups(result, part)
-    for name in ("llava", "batched", "text"):
+    for name in (LLAVA, *(system(kind, BESIDE) for kind in result["kinds"]), TEXT):
         sizes = [group[name][part] for group in found]
         seconds = [median(group[name]["seconds"]) for group in found]
-        axes.plot(sizes, seconds, "o-", color=_COLORS[name], label=SYSTEMS[name])
+        axes.plot(
+            sizes, seconds, "o-", color=color(name, result["kinds"]), label=result["systems"][name]
+        )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(sizes, [str(size) for size in sizes])

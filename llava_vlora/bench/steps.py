@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from ..integration.fresh import Models
 from ..placeholder import IGNORE_INDEX
 from .calls import with_slot
+from .systems import TEXT
 
-#: What is compared; ``text`` is the plain language model, which reads the same text without an image.
-SYSTEMS = {"text": "text only", "llava": "LLaVA", "vlora": "VLoRA"}
 #: Stage -> what trains in it.
 STAGES = {
     "pretrain": "stage 1, projector or generator alone",
     "finetune": "stage 2, everything but the vision tower",
+    "frozen": "stage 2, frozen language model: projector or generator alone",
 }
+#: Stages that are measured unless others are asked for.
+USUAL_STAGES = ("pretrain", "finetune")
 OPTIMIZERS = ("adamw", "sgd", "none")
 #: Small, so that random weights stay what they are; the time of a step does not depend on it.
 _LEARNING_RATE = 1e-6
@@ -47,7 +49,7 @@ class Stage:
         """Choose what trains, and make batches.
 
         Args:
-            models: Three models on one device, made ready by :func:`prepare`.
+            models: Models on one device, made ready by :func:`prepare`.
             name: A key of :data:`STAGES`.
             batch: Samples of a step.
             text_tokens: Tokens of a sample beside the image.
@@ -55,11 +57,7 @@ class Stage:
             autocast: Compute in bfloat16 whatever the weights are in.
         """
         self.name, self.batch, self.autocast = name, batch, autocast
-        self._models: Mapping[str, Any] = {
-            "text": models.text,
-            "llava": models.llava,
-            "vlora": models.vlora,
-        }
+        self._models: Mapping[str, Any] = {TEXT: models.text, **models.pictured}
         language = list(models.text.parameters())
         for parameter in language:
             parameter.requires_grad_(name == "finetune")
@@ -68,7 +66,7 @@ class Stage:
         shared = _optimizer(optimizer, language if name == "finetune" else [])
         self._optimizers: dict[str, list[torch.optim.Optimizer]] = {}
         for system, model in self._models.items():
-            own = list(model.model.mm_projector.parameters()) if system != "text" else []
+            own = list(model.model.mm_projector.parameters()) if system != TEXT else []
             for parameter in own:
                 parameter.requires_grad_(True)
             self.trained[system] = [*(language if name == "finetune" else []), *own]
@@ -145,15 +143,15 @@ class Stage:
             return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
 
         pictured = {**texts(with_slot(ids)), "images": images}
-        return {"text": texts(ids), "llava": pictured, "vlora": pictured}
+        return {TEXT: texts(ids), **dict.fromkeys(models.pictured, pictured)}
 
     def _precision(self) -> AbstractContextManager[Any]:
-        device = next(iter(self.batches["text"].values())).device.type
+        device = next(iter(self.batches[TEXT].values())).device.type
         return torch.autocast(device, torch.bfloat16) if self.autocast else nullcontext()
 
 
 def prepare(models: Models, checkpointing: bool) -> None:
-    """Set three models up as LLaVA's trainer does; once.
+    """Set models up as LLaVA's trainer does; once.
 
     Args:
         models: Their language models are made one, parameter by parameter.
@@ -161,9 +159,9 @@ def prepare(models: Models, checkpointing: bool) -> None:
     """
     for name, parameter in models.text.named_parameters(remove_duplicate=False):
         path, _, own = name.rpartition(".")
-        for model in (models.llava, models.vlora):
+        for model in models.pictured.values():
             model.get_submodule(path)._parameters[own] = parameter
-    for model in (models.text, models.llava, models.vlora):
+    for model in (models.text, *models.pictured.values()):
         model.config.use_cache = False
         model.train()
         if checkpointing:

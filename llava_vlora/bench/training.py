@@ -18,15 +18,17 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from .. import provenance
 from ..errors import ConfigError, listing
 from ..estimate.parameters import (
-    KINDS,
     connector_parameters,
     language_parameters,
+    projectors,
     vision_parameters,
 )
+from ..generators import KINDS
 from ..integration.fresh import random_models
 from .measure import device_facts
 from .shapes import Shape
-from .steps import OPTIMIZERS, STAGES, SYSTEMS, Stage, prepare, quiet_checkpoints
+from .steps import OPTIMIZERS, STAGES, USUAL_STAGES, Stage, prepare, quiet_checkpoints
+from .systems import LLAVA, TEXT, label, labels
 from .timing import Prepared, free_bytes, in_turns, peak_bytes
 
 #: dtype -> of the language model and the vision tower, of projector and generator, and whether autocast computes.
@@ -37,7 +39,7 @@ DTYPES = {
 }
 _SMALLER = "--stages pretrain, --dtype bfloat16, --optimizer sgd or none, or a smaller --shape"
 #: Captions are short, conversations are not.
-TEXT_TOKENS: Mapping[str, int] = {"pretrain": 32, "finetune": 256}
+TEXT_TOKENS: Mapping[str, int] = {"pretrain": 32, "finetune": 256, "frozen": 256}
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,18 @@ class TrainOptions:
     device: torch.device
     dtype: str = "bfloat16"
     """A key of :data:`DTYPES`."""
-    stages: tuple[str, ...] = tuple(STAGES)
+    stages: tuple[str, ...] = USUAL_STAGES
     rounds: int = 5
     batch: int = 1
     text_tokens: Mapping[str, int] = field(default_factory=lambda: TEXT_TOKENS)
     """Tokens of a sample beside the image, by stage."""
     optimizer: str = "adamw"
     checkpointing: bool = True
+
+    @property
+    def systems(self) -> tuple[str, ...]:
+        """What is compared: the plain language model, LLaVA, and each kind of generator."""
+        return (TEXT, LLAVA, *self.shape.generators)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured.
@@ -122,18 +129,18 @@ class TrainBench:
             self.models = random_models(
                 LlamaConfig(**options.shape.language),
                 CLIPVisionConfig(**options.shape.vision),
-                options.shape.settings,
+                options.shape.generators,
                 device=options.device,
                 dtype=weights,
             )
-            for model in (self.models.llava, self.models.vlora):
+            for model in self.models.pictured.values():
                 model.model.mm_projector.to(connectors)
         prepare(self.models, options.checkpointing)
 
     def work(self) -> int:
         """Steps that :meth:`run` makes."""
         # Beyond the rounds: one that is not measured, and one whose memory is.
-        return len(self.options.stages) * len(SYSTEMS) * (self.options.rounds + 2)
+        return len(self.options.stages) * len(self.options.systems) * (self.options.rounds + 2)
 
     def stage(self, name: str) -> Stage:
         """The steps of a stage."""
@@ -160,7 +167,9 @@ class TrainBench:
         options, shape = self.options, self.options.shape
         return {
             "kind": "train",
-            "shape": asdict(shape) | {"patches": shape.patches},
+            "shape": shape.facts(),
+            "kinds": {kind: KINDS[kind].label for kind in shape.generators},
+            "systems": labels(options.systems),
             "options": {
                 "rounds": options.rounds,
                 "batch": options.batch,
@@ -179,9 +188,9 @@ class TrainBench:
         }
 
     def _measure(self, stage: Stage, progress: Callable[[], None]) -> Iterator[TrainCell]:
-        calls = {system: _prepared(partial(stage.step, system)) for system in SYSTEMS}
+        calls = {system: _prepared(partial(stage.step, system)) for system in self.options.systems}
         seconds = in_turns(calls, self.options.rounds, self.options.device, progress)
-        for system in SYSTEMS:
+        for system in self.options.systems:
             with stage.counted(system) as tokens:
                 losses: list[float] = []
 
@@ -193,7 +202,7 @@ class TrainBench:
             weights, states = stage.weight_bytes(system), stage.state_bytes(system)
             if not math.isfinite(losses[0]):
                 raise ConfigError(
-                    f"The loss of {SYSTEMS[system]} is {losses[0]}: random weights of this shape overflow "
+                    f"The loss of {label(system)} is {losses[0]}: random weights of this shape overflow "
                     f"in {self.options.dtype}, so that the times would mean nothing; use --dtype float32."
                 )
             yield TrainCell(
@@ -225,7 +234,9 @@ def needed_bytes(options: TrainOptions) -> int:
     shape, e, own = options.shape, dtype.itemsize, connector_dtype.itemsize
     language = e * sum(language_parameters(shape.language).values())
     tower = e * sum(vision_parameters(shape.vision).values())
-    connectors = [own * sum(connector_parameters(shape, kind).values()) for kind in KINDS]
+    connectors = [
+        own * sum(connector_parameters(shape, kind).values()) for kind in projectors(shape)
+    ]
     trained = language if "finetune" in options.stages else 0
     moments = 2 * (trained + sum(connectors)) if options.optimizer == "adamw" else 0
     return language + tower + sum(connectors) + trained + max(connectors) + moments

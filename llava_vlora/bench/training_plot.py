@@ -10,12 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..report.plots import COLORS, GRID, new_figure
-from .steps import STAGES, SYSTEMS
+from ..report.plots import GRID, new_figure
+from .colors import color
 from .summary import Result
-from .training_summary import by_stage, setting, speed
+from .systems import LLAVA
+from .training_summary import by_stage, setting, speed, stage_name
 
-_COLORS = {"text": "#7b8794", "llava": COLORS["llava"], "vlora": COLORS["vlora"]}
 _BAR: dict[str, Any] = {"edgecolor": "white", "linewidth": 0.5}
 
 
@@ -24,16 +24,19 @@ def training_plot(result: Result) -> Figure:
     stages = by_stage(result)
     counted = all(cell["peak"] is not None for cell in result["cells"])
     rows = len(stages)
-    figure, axes = new_figure(10.0, 2.1 * rows + 0.5, rows * (2 if counted else 1), rows)
+    systems = len(result["systems"])
+    figure, axes = new_figure(
+        10.0, (0.6 + 0.5 * systems) * rows + 0.5, rows * (2 if counted else 1), rows
+    )
     panels = iter(axes)
     for stage, cells in stages.items():
-        name = STAGES[stage].partition(",")[0].capitalize()
+        name = stage_name(stage).capitalize()
         text = result["options"]["text_tokens"][stage]
         title = f"{name}: samples/s, {text} text tokens"
-        _bars(next(panels), title, cells, lambda c: c["batch"] / median(c["seconds"]), _speed_label)
+        _bars(next(panels), title, result, cells, _samples_per_second, _speed_label)
         if counted:
             title = f"{name}: peak MiB (hatched: weights and optimizer)"
-            _memory(next(panels), title, cells)
+            _memory(next(panels), title, result, cells)
     shape = result["shape"]
     heading = f"Training {shape['name']} ({shape['what']}), {result['device']['name']}"
     figure.suptitle(f"{heading}\n{setting(result)}", fontsize=10)
@@ -46,13 +49,16 @@ _Cells = dict[str, dict[str, Any]]
 def _bars(
     axes: Axes,
     title: str,
+    result: Result,
     cells: _Cells,
     value: Callable[[dict[str, Any]], float],
     label: Callable[[_Cells, str, float], str],
 ) -> None:
-    names = [SYSTEMS[s] + ("" if cells[s]["trained"] else "\n(forward alone)") for s in cells]
+    names = [
+        result["systems"][s] + ("" if cells[s]["trained"] else "\n(forward alone)") for s in cells
+    ]
     values = [value(cell) for cell in cells.values()]
-    bars = axes.barh(names, values, 0.6, color=[_COLORS[s] for s in cells], **_BAR)
+    bars = axes.barh(names, values, 0.6, color=[color(s, result["kinds"]) for s in cells], **_BAR)
     labels = [label(cells, s, v) for s, v in zip(cells, values, strict=True)]
     axes.bar_label(bars, labels, fontsize=8, padding=2)
     axes.invert_yaxis()
@@ -63,14 +69,18 @@ def _bars(
     axes.set_title(title, loc="left", fontsize=9.5)
 
 
+def _samples_per_second(cell: dict[str, Any]) -> float:
+    return float(cell["batch"] / median(cell["seconds"]))
+
+
 def _speed_label(cells: _Cells, system: str, value: float) -> str:
-    if system == "llava":
+    if system == LLAVA:
         return f"{value:.3g}"
-    number, _, spread = str(speed(cells[system], cells["llava"])).partition(" ")
+    number, _, spread = str(speed(cells[system], cells[LLAVA])).partition(" ")
     return f"{value:.3g}:  {number} x LLaVA {spread}"
 
 
-def _memory(axes: Axes, title: str, cells: _Cells) -> None:
-    _bars(axes, title, cells, lambda c: c["peak"] / 2**20, lambda _, __, v: f"{v:,.0f}")
+def _memory(axes: Axes, title: str, result: Result, cells: _Cells) -> None:
+    _bars(axes, title, result, cells, lambda c: c["peak"] / 2**20, lambda _, __, v: f"{v:,.0f}")
     kept = [(c["weights"] + c["optimizer"]) / 2**20 for c in cells.values()]
     axes.barh(range(len(kept)), kept, 0.6, color="none", edgecolor="white", hatch="///", lw=0)

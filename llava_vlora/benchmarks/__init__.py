@@ -29,6 +29,7 @@ _KNOWN = {
     "infovqa": ("infovqa", "InfoVQA"),
     "ocrbench": ("ocrbench", "OCRBench"),
     "sceneqa": ("sceneqa", "SceneQA"),
+    "sceneqa-hard": ("sceneqa", "SceneQAHard"),
     "textvqa": ("textvqa", "TextVQA"),
     "textvqa-no-ocr": ("textvqa", "TextVQAWithoutOCR"),
 }

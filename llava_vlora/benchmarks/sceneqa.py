@@ -1,4 +1,4 @@
-"""SceneQA: the rendered questions of this package, in the folder that its writer makes."""
+"""SceneQA: the rendered questions of this package and its hard test, in the folder that its writer makes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..sceneqa import dataset_files
+from ..sceneqa import dataset_files, hard_files
 from ..sceneqa import score as is_right
 from .base import Id, Need, Sample, Score, by_category, percent
 from .question_files import QuestionFile
 from .tables import Row, distinct, json_file, json_lines
 
 _FILES = dataset_files(Path())
+_HARD = hard_files(Path())
 _SOURCE = "llava_vlora.sceneqa.write_dataset; `llava-vlora demo` leaves one in its output folder"
+
+
+def _needs(questions: Path, answers: Path, source: str) -> tuple[Need, ...]:
+    return (
+        Need(str(questions), "questions", source),
+        Need(str(answers), "answers", source),
+        Need(str(_FILES.statistics), "chance levels", source),
+        Need(str(_FILES.image_folder), "images", source),
+    )
 
 
 class SceneQA(QuestionFile):
@@ -28,28 +38,27 @@ class SceneQA(QuestionFile):
     questions = str(_FILES.test_questions)
     images = str(_FILES.image_folder)
     max_new_tokens = 16
-    needs = (
-        Need(questions, "questions", _SOURCE),
-        Need(str(_FILES.test_answers), "answers", _SOURCE),
-        Need(str(_FILES.statistics), "chance levels", _SOURCE),
-        Need(images, "images", _SOURCE),
-    )
+    needs = _needs(_FILES.test_questions, _FILES.test_answers, _SOURCE)
 
     def read(self, root: Path) -> list[Sample]:
         """The questions, each about an object of a scene, with their labels."""
-        files = dataset_files(root / self.folder)
-        keys = ("question_id", "label", "category")
-        rows = json_lines(files.test_answers, keys, self.needs[1].what)
+        here = root / self.folder
+        file, keys = here / self.needs[1].path, ("question_id", "label", "category")
+        rows = json_lines(file, keys, self.needs[1].what)
         distinct(rows, "question_id")
         self._labels = {row["question_id"]: row for row in rows}
-        blind = json_file(files.statistics, self.needs[2].what)["blind"]
+        blind = self.blind(json_file(here / self.needs[2].path, self.needs[2].what))
         self._chance = {category: level["chance"] for category, level in blind.items()}
         samples = super().read(root)
         if len(samples) != len(rows):
             raise DataError(
-                f"{files.test_answers} has {len(rows)} labels, {files.test_questions} {len(samples)} questions."
+                f"{file} has {len(rows)} labels, {here / self.questions} {len(samples)} questions."
             )
         return samples
+
+    def blind(self, statistics: Any) -> Any:
+        """The levels without images among the statistics that the writer left."""
+        return statistics["blind"]
 
     def reference(self, row: Row, here: Path) -> tuple[str, Any]:
         """Category and label."""
@@ -69,3 +78,20 @@ class SceneQA(QuestionFile):
         """A guess among the answers that the form of each question leaves open, as the writer measured it."""
         asked = Counter(s.category for s in samples)
         return float(100 * sum(self._chance[c] * n for c, n in asked.items()) / len(samples))
+
+
+class SceneQAHard(SceneQA):
+    """Free positions, two-step relations and small digits, on scenes that no other test has."""
+
+    name = "sceneqa-hard"
+    title = "SceneQA hard"
+    questions = str(_HARD.questions)
+    needs = _needs(
+        _HARD.questions,
+        _HARD.answers,
+        "llava_vlora.sceneqa.write_dataset, of a size with free positions such as small-free",
+    )
+
+    def blind(self, statistics: Any) -> Any:
+        """Those of the hard categories."""
+        return statistics["hard"]["blind"]

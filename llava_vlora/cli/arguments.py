@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from ..bench.shapes import Shape
+
 
 class Instead(argparse._SubParsersAction):  # type: ignore[type-arg]
     """Another command below a verb, with flags of its own, which stand behind its name."""
@@ -41,9 +43,30 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", default="tiny", help="tiny, 1b, 7b or 13b (default: tiny)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
+    add_projector_argument(parser)
     parser.add_argument(
         "--out", type=Path, default=Path("runs/bench"), help="folder of the JSON and the plot"
     )
+
+
+def add_projector_argument(parser: argparse.ArgumentParser) -> None:
+    """Which kinds of generators stand beside LLaVA."""
+    parser.add_argument(
+        "--projector",
+        default="all",
+        help="vlora, vlora_fast, several with commas, or all (default); LLaVA stands beside them",
+    )
+
+
+def with_projectors(shape: Shape, text: str) -> Shape:
+    """The shape with the kinds of generators that ``--projector`` names.
+
+    Raises:
+        ConfigError: There is no such kind.
+    """
+    if text in ("all", "both"):
+        return shape
+    return shape.only([part.strip() for part in text.split(",")])
 
 
 def add_shape_arguments(parser: argparse.ArgumentParser) -> None:

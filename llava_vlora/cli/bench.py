@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from . import bench_train
-from .arguments import Instead, add_bench_arguments, chosen_device
+from .arguments import Instead, add_bench_arguments, chosen_device, with_projectors
 
 if TYPE_CHECKING:
     from ..bench.measure import Options
@@ -50,7 +50,8 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--layers", type=_numbers, help="injected layers instead of every 4th, such as 3,7,11"
     )
     parser.add_argument(
-        "--types", help="weight types instead of qkvom; without m all of them can be merged"
+        "--types",
+        help="weight types instead of each kind's own; without m all of them can be merged",
     )
     others = parser.add_subparsers(
         dest="what", title="another benchmark", metavar="train", action=Instead
@@ -87,22 +88,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace) -> Options:
-    from dataclasses import replace
-
     import torch
 
     from ..bench.measure import PARTS, Options
     from ..bench.shapes import shape
 
     device = chosen_device(args.device)
-    chosen = shape(args.shape)
-    settings = chosen.settings
-    if args.types:
-        settings = replace(settings, types=args.types)
-    if args.layers:
-        settings = replace(settings, layer_list=args.layers)
+    chosen = with_projectors(shape(args.shape), args.projector)
+    changes: dict[str, Any] = {"types": args.types, "layer_list": args.layers}
+    changes = {name: value for name, value in changes.items() if value}
     return Options(
-        shape=replace(chosen, settings=settings),
+        shape=chosen.with_settings(**changes),
         device=device,
         dtype=getattr(torch, args.dtype or ("float16" if device.type == "cuda" else "float32")),
         rounds=args.rounds,

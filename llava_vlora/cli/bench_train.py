@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from .arguments import add_bench_arguments, chosen_device
+from .arguments import add_bench_arguments, chosen_device, with_projectors
 
 if TYPE_CHECKING:
     from ..bench.training import TrainOptions
@@ -35,7 +35,9 @@ def add_arguments(subparsers: argparse._SubParsersAction[Any]) -> None:
         "--dtype", default="bfloat16", help="bfloat16 (default), float32 or autocast"
     )
     parser.add_argument(
-        "--stages", default="pretrain,finetune", help="comma-separated (default: pretrain,finetune)"
+        "--stages",
+        default="pretrain,finetune",
+        help="comma-separated: pretrain, finetune, frozen (default: pretrain,finetune)",
     )
     parser.add_argument("--batch", type=int, default=1, help="samples of a step (default: 1)")
     parser.add_argument(
@@ -82,7 +84,7 @@ def _options(args: argparse.Namespace) -> TrainOptions:
 
     text = args.text_tokens
     return TrainOptions(
-        shape=shape(args.shape),
+        shape=with_projectors(shape(args.shape), args.projector),
         device=chosen_device(args.device),
         dtype=args.dtype,
         stages=tuple(part.strip() for part in args.stages.split(",")),

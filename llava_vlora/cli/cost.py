@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import add_shape_arguments
+from .arguments import add_projector_argument, add_shape_arguments, with_projectors
 
 if TYPE_CHECKING:
     from ..bench.shapes import Shape
@@ -30,15 +30,16 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_shape_arguments(parser)
+    add_projector_argument(parser)
     parser.add_argument("--image-size", type=int, help="pixels (default: the vision tower's)")
     parser.add_argument("--image-tokens", type=int, help="patches, instead of --image-size")
     parser.add_argument("--text-tokens", type=int, default=64, help="of the prompt (default: 64)")
     parser.add_argument("--answer-tokens", type=int, default=1, help="default: 1")
     parser.add_argument("--dtype", default="float16", help="float16 (default), bfloat16 or float32")
-    parser.add_argument("--types", help="weight types instead of the model's or qkvom")
+    parser.add_argument("--types", help="weight types instead of the model's or each kind's own")
     parser.add_argument("--layers", help="injected layers instead of every 4th, such as 3,7,11")
-    parser.add_argument("--rank", type=int, help="of the perceptual weights (default: 64)")
-    parser.add_argument("--merged", action="store_true", help="VLoRA folded into the weights")
+    parser.add_argument("--rank", type=int, help="of the paper's generator (default: 64)")
+    parser.add_argument("--merged", action="store_true", help="the image folded into the weights")
     parser.add_argument("--macs", action="store_true", help="print MACs, half as many as FLOPs")
     parser.add_argument(
         "--paper", action="store_true", help="also the points of the paper's Fig. 4"
@@ -82,14 +83,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _shape(args: argparse.Namespace) -> Shape:
-    from dataclasses import replace
-
     from ..config import parse_layers
     from ..estimate.models import find_shape
 
-    shape = find_shape(args.model, args.vision_tower)
+    shape = with_projectors(find_shape(args.model, args.vision_tower), args.projector)
     changes: dict[str, Any] = {"types": args.types, "rank": args.rank}
     if args.layers is not None:
         changes["layer_list"] = parse_layers(args.layers)
-    chosen = {name: value for name, value in changes.items() if value is not None}
-    return replace(shape, settings=replace(shape.settings, **chosen))
+    return shape.with_settings(**{n: value for n, value in changes.items() if value is not None})

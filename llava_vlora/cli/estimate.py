@@ -29,9 +29,13 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     )
     add_shape_arguments(parser)
     parser.add_argument(
-        "--stage", default="finetune", help="pretrain, finetune (default), lora or qlora"
+        "--stage", default="finetune", help="pretrain, finetune (default), frozen, lora or qlora"
     )
-    parser.add_argument("--projector", default="both", choices=("both", "vlora", "mlp2x_gelu"))
+    parser.add_argument(
+        "--projector",
+        default="all",
+        help="mlp2x_gelu, vlora, vlora_fast, several with commas, or all (default)",
+    )
     parser.add_argument("--gpus", type=int, default=8, help="default: 8")
     parser.add_argument("--zero", type=int, help="0, 2 or 3 (default: as in the stage's recipe)")
     parser.add_argument(
@@ -45,7 +49,7 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16 (default) or float32")
     parser.add_argument("--lora-rank", type=int, default=128, help="default: 128")
     parser.add_argument("--bits", type=int, default=4, help="of qlora: 4 (default) or 8")
-    parser.add_argument("--types", help="weight types instead of the model's or qkvom")
+    parser.add_argument("--types", help="weight types instead of the model's or each kind's own")
     parser.add_argument(
         "--bench", type=Path, metavar="FILE", help="JSON of `llava-vlora bench train`, for hours"
     )
@@ -56,13 +60,11 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compute and print; returns the exit code."""
-    from dataclasses import replace
-
     from rich.console import Console
 
     from ..errors import ConfigError, listing
     from ..estimate.models import find_shape
-    from ..estimate.parameters import KINDS
+    from ..estimate.parameters import MLP, projectors
     from ..estimate.plan import RECIPES, Plan
     from ..estimate.report import print_estimate
     from ..estimate.speed import SAMPLES, read_speed
@@ -84,11 +86,14 @@ def run(args: argparse.Namespace) -> int:
         lora_rank=args.lora_rank,
         bits=args.bits,
     )
-    shape = find_shape(args.model, args.vision_tower)
+    shape, chosen = find_shape(args.model, args.vision_tower), args.projector.split(",")
+    if args.projector not in ("all", "both"):
+        shape = shape.only([kind for kind in chosen if kind != MLP])
+    else:
+        chosen = list(projectors(shape))
     if args.types:
-        shape = replace(shape, settings=replace(shape.settings, types=args.types))
-    kinds = KINDS if args.projector == "both" else (args.projector,)
+        shape = shape.with_settings(types=args.types)
     speed = read_speed(args.bench, shape, plan) if args.bench else None
     samples = args.samples or SAMPLES.get(args.stage, SAMPLES["finetune"])
-    print_estimate(shape, kinds, plan, speed, samples, Console())
+    print_estimate(shape, chosen, plan, speed, samples, Console())
     return 0

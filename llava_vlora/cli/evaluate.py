@@ -44,6 +44,12 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     add_asking_arguments(parser)
     parser.add_argument("--out", type=Path, default=Path("runs/eval"), help="default: runs/eval")
     parser.add_argument("--blind", action="store_true", help="do not show the images")
+    parser.add_argument(
+        "--vlora-rank",
+        type=positive,
+        metavar="R",
+        help="answer from images cut to their R largest eigenvectors, for generators whose images have a rank",
+    )
     others = parser.add_subparsers(dest="what", title="before", metavar="prepare", action=Instead)
     prepare = others.add_parser(
         "prepare",
@@ -100,12 +106,19 @@ def run(args: argparse.Namespace) -> int:
         return _prepare(args, console)
     from ..errors import ConfigError
     from ..evaluation.benchmarking import evaluate
+    from ..evaluation.rank import of_rank
 
     if args.model is None:
         raise ConfigError("Give --model; `llava-vlora eval --help` has an example.")
     name = args.name or _name(Path(args.model).expanduser().resolve())
     asked = evaluation(args, args.model, args.model_base, name)
-    evaluate(dataclasses.replace(asked, see=not args.blind), console)
+    asked = dataclasses.replace(asked, see=not args.blind)
+    if args.vlora_rank is not None:
+        if args.blind:
+            raise ConfigError("--vlora-rank cuts images, and --blind shows none; leave one out.")
+        variant = of_rank(asked.checkpoint, args.vlora_rank)
+        asked = dataclasses.replace(asked, variant=variant)
+    evaluate(asked, console)
     return 0
 
 

@@ -26,6 +26,11 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
         type=Path,
         help="also write the plain language model and its tokenizer here, once for all images",
     )
+    parser.add_argument(
+        "--rank",
+        type=int,
+        help="cut the weights to this rank, and say what share of them that leaves out; all of it by default",
+    )
     parser.add_argument("--device", help="cuda or cpu; the GPU if there is one by default")
 
 
@@ -41,6 +46,10 @@ def run(args: argparse.Namespace) -> int:
     loaded = load(args.model, args.base, device=args.device)
     with torch.no_grad():
         weights = loaded.model.perceive(pixel_values([image], loaded))
+    if args.rank is not None:
+        lost = float(weights.lost_share(args.rank)[0])
+        weights = weights.truncate(args.rank)
+        print(f"rank {args.rank} leaves out {lost:.2%} of the weights' sum of squares")
     llm = args.llm_out or args.base or args.model
     folder = export_adapter(weights, args.out, llm=llm)
     if args.llm_out:

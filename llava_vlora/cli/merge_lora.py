@@ -21,15 +21,15 @@ def add_parser(subparsers: argparse._SubParsersAction[Any]) -> None:
     """Add the verb to the command line."""
     parser = subparsers.add_parser(
         "merge-lora",
-        help="merge a LoRA or QLoRA checkpoint into its base model",
-        description="Write a LoRA or QLoRA checkpoint, projector or generator included, as a full checkpoint that "
-        "loads without its base.",
+        help="merge a LoRA or QLoRA checkpoint, or a projector trained alone, into its base model",
+        description="Write a LoRA or QLoRA checkpoint, projector or generator included, or a projector or generator "
+        "that was trained alone (--vlora_freeze_llm), as a full checkpoint that loads without its base.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     lora = parser.add_mutually_exclusive_group(required=True)
     lora.add_argument(
-        "lora", type=Path, nargs="?", help="output folder of a LoRA run, or a checkpoint in it"
+        "lora", type=Path, nargs="?", help="output folder of such a run, or a checkpoint in it"
     )
     lora.add_argument("--model-path", type=Path, help=argparse.SUPPRESS)
     parser.add_argument(
@@ -67,8 +67,9 @@ def run(args: argparse.Namespace) -> int:
             progress=stage,
         )
     dtype = str(done.dtype).removeprefix("torch.")
+    merged = f"; {done.layers} layers merged" if done.layers else ""
     console.print(
-        f"model: {done.folder} ({done.size / (1 << 20):.1f} MiB, {dtype}; {done.layers} layers merged)",
+        f"model: {done.folder} ({done.size / (1 << 20):.1f} MiB, {dtype}{merged})",
         markup=False,
     )
     if done.bits:

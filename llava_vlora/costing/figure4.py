@@ -23,8 +23,8 @@ from ..evaluation.cost import (
     VICUNA_7B,
     VisionShape,
     answer_cost,
-    generator_macs,
 )
+from ..generators import PerceptualWeightsGenerator
 
 #: The figure's visual and text tokens.
 VISUAL, TEXT = tuple(range(64, 2625, 256)), (32, 128, 256)
@@ -75,14 +75,15 @@ def _point(text: int, visual: int) -> Point:
     vision = VisionShape(CLIP_L_336.width, CLIP_L_336.layers, CLIP_L_336.mlp, **side, stated=visual)
     llava = answer_cost(vision, VICUNA_7B, text, None)
     vlora = answer_cost(vision, VICUNA_7B, text, settings)
-    generator = 2 * generator_macs(settings, vision, VICUNA_7B, project=True)
+    widths = VICUNA_7B.decoder_shape(settings.types)
+    macs = PerceptualWeightsGenerator.macs(settings, widths, vision.width, visual, project=True)
     return Point(
         text=text,
         visual=visual,
         paper_llava=_transformer(text + visual, VICUNA_7B.width, VICUNA_7B.layers),
         paper_vlora=_paper_vlora(settings, text, visual),
         released_llava=llava.connector + llava.prefill,
-        released_vlora=generator + vlora.prefill,
+        released_vlora=2 * macs + vlora.prefill,
         vision=llava.vision,
     )
 

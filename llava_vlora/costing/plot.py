@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from ..report.plots import COLORS, GRID, new_figure
 from .figure4 import TEXT
 from .result import Result
-from .table import FLOP_ROWS, heading
+from .table import FLOP_ROWS, heading, named_models
 
 _PARTS = {
     "vision": "#c3ccd5",
@@ -23,9 +23,8 @@ _SHADES = dict(zip(TEXT, (COLORS["vlora"], COLORS["llava"], "#009E73"), strict=T
 
 
 def parts_plot(result: Result, *, macs: bool = False) -> Figure:
-    """Work to the first token by part: LLaVA, VLoRA and the published settings."""
-    models = result["models"]
-    rows = [("LLaVA", models["llava"]), ("VLoRA", models["vlora"])]
+    """Work to the first token by part: LLaVA, the generators and the published settings."""
+    rows = named_models(result)
     rows += [(row["name"], row) for row in result["competitors"]]
     scale = 2e12 if macs else 1e12
     figure, (axes,) = new_figure(10.0, 1.4 + 0.36 * len(rows), 1)
@@ -44,7 +43,7 @@ def parts_plot(result: Result, *, macs: bool = False) -> Figure:
     axes.grid(axis="x", color=GRID)
     axes.grid(axis="y", visible=False)
     unit = "TMACs" if macs else "TFLOPs"
-    published = "; other methods from their published settings" if len(rows) > 2 else ""
+    published = "; other methods from their published settings" if result["competitors"] else ""
     axes.set_xlabel(f"{unit} to the first token, computed{published}, not measured", fontsize=9)
     axes.legend(frameon=False, fontsize=8.5, loc="lower right")
     figure.suptitle(heading(result), fontsize=9)

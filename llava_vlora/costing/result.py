@@ -9,10 +9,10 @@ from math import isqrt
 from typing import Any
 
 from .. import provenance
-from ..bench.shapes import Shape
+from ..bench.shapes import Shape, described
 from ..decoder import TARGETS
 from ..errors import ConfigError, listing
-from ..estimate.parameters import connector_parameters, language_parameters, vision_parameters
+from ..estimate.parameters import MLP, connector_parameters, language_parameters, vision_parameters
 from ..evaluation.cost import (
     CONVENTION,
     Cost,
@@ -22,13 +22,14 @@ from ..evaluation.cost import (
     language_shape,
     vision_shape,
 )
+from ..generators import KINDS
 from .competitors import COMPETITORS, DEEPEST, PATCHES, competitor_cost
 from .figure4 import figure4
 
 Result = Mapping[str, Any]
 #: Dtype of all weights, factors and caches -> bytes of a number.
 DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4}
-_KINDS = {"llava": "mlp2x_gelu", "vlora": "vlora"}
+_LLAVA = "llava"
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Question:
     answer_tokens: int = 1
     dtype: str = "float16"
     merged: bool = False
-    """Whether VLoRA folds the image into the language model's weights before it reads."""
+    """Whether the image is folded into the language model's weights before it reads."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be asked.
@@ -89,7 +90,7 @@ def with_image(shape: Shape, size: int | None, tokens: int | None) -> Shape:
 
 
 def compare(shape: Shape, question: Question, *, paper: bool = False) -> dict[str, Any]:
-    """LLaVA and VLoRA side by side, with the competitors where their settings apply.
+    """LLaVA and the shape's kinds of generators side by side, with the competitors where their settings apply.
 
     Args:
         shape: The models.
@@ -100,12 +101,10 @@ def compare(shape: Shape, question: Question, *, paper: bool = False) -> dict[st
         ConfigError: The generator's settings do not fit the language model.
     """
     language, vision = language_shape(shape.language), vision_shape(shape.vision)
-    costs = {
-        "llava": answer_cost(vision, language, question.text_tokens, None),
-        "vlora": answer_cost(
-            vision, language, question.text_tokens, shape.settings, question.merged
-        ),
-    }
+    text, generators = question.text_tokens, shape.generators
+    costs = {_LLAVA: answer_cost(vision, language, text, None)}
+    for kind, settings in generators.items():
+        costs[kind] = answer_cost(vision, language, text, settings, question.merged)
     return {
         "kind": "cost",
         "convention": CONVENTION,
@@ -114,8 +113,13 @@ def compare(shape: Shape, question: Question, *, paper: bool = False) -> dict[st
             "what": shape.what,
             "language": dataclasses.asdict(language),
             "vision": dataclasses.asdict(vision),
-            "settings": dataclasses.asdict(shape.settings),
+            "generators": shape.facts()["generators"],
             "patches": vision.patches,
+        },
+        "kinds": {kind: KINDS[kind].label for kind in generators},
+        "described": {
+            kind: described(settings, language.layers, vision.patches)
+            for kind, settings in generators.items()
         },
         "options": dataclasses.asdict(question),
         "models": {
@@ -153,9 +157,9 @@ def _flops(cost: Cost, question: Question) -> dict[str, int]:
 def _bytes(shape: Shape, name: str, cost: Cost, question: Question) -> dict[str, int]:
     """Of weights and of what one image and the text occupy when the answer is complete."""
     language, width = language_shape(shape.language), DTYPES[question.dtype]
+    settings = shape.generators.get(name)
     aside = 0
-    if name == "vlora" and question.merged:
-        settings = shape.settings
+    if settings is not None and question.merged:
         sizes = [language.widths(t) for t in settings.types if TARGETS[t].mergeable]
         injected = len(settings.layers(language.layers))
         aside = injected * sum(read * written for read, written in sizes)
@@ -164,7 +168,7 @@ def _bytes(shape: Shape, name: str, cost: Cost, question: Question) -> dict[str,
     numbers = {
         "language": sum(language_parameters(shape.language).values()),
         "vision": sum(vision_parameters(shape.vision).values()),
-        "connector": sum(connector_parameters(shape, _KINDS[name]).values()),
+        "connector": sum(connector_parameters(shape, MLP if name == _LLAVA else name).values()),
         "aside": aside,
         "image": cost.image_values,
         "text": text,

@@ -1,4 +1,4 @@
-"""What a person sees of a cost: LLaVA and VLoRA side by side, published settings, the paper's Fig. 4."""
+"""What a person sees of a cost: LLaVA and generators side by side, published settings, the paper's Fig. 4."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from .result import Result
 
 FLOP_ROWS = {
     "vision": "vision tower",
-    "connector": "projector or generator",
-    "merge": "forming the weight differences",
+    "connector": "projector, generator",
+    "merge": "forming weight differences",
     "prefill": "prefill: language model",
     "low_rank": "prefill: low-rank paths",
     "first_token": "to the first token",
-    "decode": "a further token: language model",
-    "decode_low_rank": "a further token: low-rank paths",
+    "decode": "next token: language model",
+    "decode_low_rank": "next token: low-rank paths",
     "answer": "whole answer",
 }
 _BYTE_ROWS = {
     "language": "weights: language model",
     "vision": "weights: vision tower",
-    "connector": "weights: projector or generator",
-    "aside": "weights kept aside by the merge",
-    "image": "the image: cache, or factors",
-    "text": "key-value cache of text and answer",
+    "connector": "weights: projector, generator",
+    "aside": "kept aside by the merge",
+    "image": "the image: cache, or weights",
+    "text": "cache of text and answer",
     "total": "in use",
 }
 #: FLOPs in the unit.
@@ -37,7 +37,7 @@ _GIGA = {"FLOPs": 1e9, "MACs": 2e9}
 _STRONG = ("first_token", "answer", "image", "total")
 _LIMITS = (
     "Not counted in bytes: activations, workspaces of kernels, the CUDA context. "
-    "The other factors of VLoRA's weights are shared by all images and are part of the generator."
+    "What all images share of their weights is part of the generator."
 )
 
 
@@ -45,6 +45,8 @@ def print_cost(result: Result, console: Console, *, macs: bool = False) -> None:
     """Print everything in a result; ``macs`` shows multiply-accumulates, half as many as FLOPs."""
     unit = "MACs" if macs else "FLOPs"
     _say(console, heading(result))
+    for kind, name in result["kinds"].items():
+        _say(console, f"{name}: {result['described'][kind]}")
     console.print(_comparison(result, unit))
     console.print()
     if result["competitors"]:
@@ -83,7 +85,7 @@ def _say(console: Console, text: str) -> None:
 def heading(result: Result) -> str:
     """What is computed, in one line."""
     shape, options = result["shape"], result["options"]
-    vision, settings = shape["vision"], shape["settings"]
+    vision = shape["vision"]
     answer = options["answer_tokens"]
     return ", ".join(
         (
@@ -92,8 +94,7 @@ def heading(result: Result) -> str:
             f"{options['text_tokens']} text tokens",
             f"answer of {answer} token{'s' if answer > 1 else ''}",
             options["dtype"],
-            f"VLoRA {settings['types']} of rank {settings['rank']} "
-            + ("merged" if options["merged"] else "beside the weights"),
+            "merged" if options["merged"] else "beside the weights",
         )
     )
 
@@ -107,10 +108,11 @@ def _table(*columns: str, title: str | None = None) -> Table:
 
 
 def _comparison(result: Result, unit: str) -> Table:
-    models = [result["models"][name] for name in ("llava", "vlora")]
-    table = _table("", "LLaVA", "VLoRA", "VLoRA / LLaVA")
+    models = list(result["models"].values())
+    heads = [_stacked(name) for name in result["kinds"].values()]
+    table = _table("", "LLaVA", *heads, *(f"{head}\n/ LLaVA" for head in heads))
     tokens = [model["tokens"] for model in models]
-    table.add_row("tokens that the language model reads", *map(str, tokens), _over(tokens))
+    table.add_row("tokens that the model reads", *map(str, tokens), *_over(tokens))
     table.add_section()
     sections: tuple[tuple[str, str, dict[str, str], float], ...] = (
         (f"G{unit}", "flops", FLOP_ROWS, _GIGA[unit]),
@@ -123,7 +125,7 @@ def _comparison(result: Result, unit: str) -> Table:
             if any(values):
                 cells = [amount(value / scale) for value in values]
                 style = "bold" if part in _STRONG else ""
-                table.add_row(f"  {name}", *cells, _over(values), style=style)
+                table.add_row(f"  {name}", *cells, *_over(values), style=style)
         table.add_section()
     return table
 
@@ -140,8 +142,10 @@ def _competitors(result: Result, unit: str) -> Table:
         "MiB of\nthe image",
         title="Other methods: computed from the published setting, not measured",
     )
-    own = (("LLaVA", result["models"]["llava"]), ("VLoRA", result["models"]["vlora"]))
-    rows: Iterable[tuple[str, Any]] = (*own, *((row["name"], row) for row in result["competitors"]))
+    rows: Iterable[tuple[str, Any]] = (
+        *named_models(result),
+        *((row["name"], row) for row in result["competitors"]),
+    )
     base = result["models"]["llava"]["flops"]["first_token"]
     scale = _GIGA[unit]
     for name, row in rows:
@@ -180,6 +184,18 @@ def amount(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
-def _over(values: Sequence[int]) -> str:
-    """The second over the first, where both are something."""
-    return f"{values[1] / values[0]:.3f}" if all(values) else ""
+def _over(values: Sequence[int]) -> list[str]:
+    """All but the first over the first, where both are something."""
+    first, *others = values
+    return [f"{value / first:.3f}" if first and value else "" for value in others]
+
+
+def _stacked(name: str) -> str:
+    """A name with one word a line, for narrow columns."""
+    return name.replace(" ", "\n")
+
+
+def named_models(result: Result) -> list[tuple[str, Any]]:
+    """Labels of LLaVA and the generators, and what each costs."""
+    names = {"llava": "LLaVA", **result["kinds"]}
+    return [(names[key], model) for key, model in result["models"].items()]

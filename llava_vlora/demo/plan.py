@@ -140,7 +140,7 @@ def recipe_flags(
         "version": "plain" if pretrain else "v1",
         "data_path": files.pretrain if pretrain else files.finetune,
         "image_folder": files.image_folder,
-        "vision_tower": ASSETS / f"clip_{size}",
+        "vision_tower": ASSETS / scene_size(size).tower,
         "mm_vision_select_layer": -2,
         "mm_use_im_start_end": False,
         "mm_use_im_patch_token": False,

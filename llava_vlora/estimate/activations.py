@@ -9,7 +9,7 @@ H d, G d the widths of hidden state, MLP, queries, keys, and e bytes a number:
   train; with LoRA of rank r, ``n (in (e + 1) + r e)`` for each linear layer;
 - with gradient checkpointing ``e n h`` for each layer, and one layer at a time;
 - logits: ``12 n vocab``: log-probabilities and two gradients in float32;
-- an injected layer: ``e n (r + in)`` for each weight type, ``in`` once for types that read the same.
+- an injected layer: what the generator's kind keeps of a token, and ``e n in``, once for types that read the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..bench.shapes import Shape
-from ..config import VLoRAConfig
+from ..config import GeneratorConfig
 from ..evaluation.cost import (
     LanguageShape,
     VisionShape,
@@ -25,11 +25,9 @@ from ..evaluation.cost import (
     vision_shape,
     weight_values,
 )
+from ..generators import KINDS
 from .parameters import connector_parameters
 from .plan import Plan
-
-#: Tensors of ``[batch, queries, dim]`` that a block of the generator keeps: norms, projections and the MLP.
-_BLOCK_TENSORS = 21
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Activations:
     connector: int
     """Kept by projector or generator."""
     factors: int
-    """Generated factors, image by image; 0 for LLaVA."""
+    """Perceptual weights, image by image; 0 for LLaVA."""
     factor_gradients: int
     logits: int
     """While the loss is computed and at the start of the backward pass."""
@@ -59,28 +57,25 @@ class Activations:
         return max(kept + max(self.logits, self.layer), self.tower)
 
 
-def activations(shape: Shape, kind: str, plan: Plan) -> Activations:
+def activations(shape: Shape, projector: str, plan: Plan) -> Activations:
     """Bytes of a step.
 
     Args:
         shape: The models.
-        kind: ``mlp2x_gelu`` or ``vlora``.
+        projector: ``mlp2x_gelu`` or one of the shape's kinds of generators.
         plan: How they are trained.
     """
     language, vision = language_shape(shape.language), vision_shape(shape.vision)
-    settings = shape.settings if kind == "vlora" else None
+    settings = shape.generators.get(projector)
     tokens = plan.text_tokens + (0 if settings else vision.patches)
     n, e = plan.batch * tokens, plan.width
     layer = _layer(plan, language, n)
-    # Casts of the connector's float32 weights, which autocast keeps for the backward pass.
-    casts = 0
-    if plan.autocast:
-        casts = e * sum(connector_parameters(shape, kind).values())
+    casts = _casts(shape, projector, plan) if plan.autocast else 0
     if settings is None:
         connector = e * plan.batch * vision.patches * (vision.width + 2 * language.width)
         factors = 0
     else:
-        connector = _generator(settings, plan, vision, language)
+        connector = e * plan.batch * _generator(settings, vision, language)
         factors = e * plan.batch * weight_values(settings, language)
     widest = 2 * language.width + 2 * language.mlp
     extra = _low_rank(settings, plan, language, n) if settings else 0
@@ -96,14 +91,14 @@ def activations(shape: Shape, kind: str, plan: Plan) -> Activations:
     )
 
 
-def _decoder(settings: VLoRAConfig | None, plan: Plan, language: LanguageShape, n: int) -> int:
+def _decoder(settings: GeneratorConfig | None, plan: Plan, language: LanguageShape, n: int) -> int:
     """What the decoder layers and the norm behind them keep."""
     e, width = plan.width, language.width
     last = n * width * (4 + (2 * e if plan.trains_language_model else 0))
     rotary = 2 * e * n * language.head_dim
     injected = settings.layers(language.layers) if settings else ()
     # Without anything that trains before it, the graph begins at the first injected layer.
-    start = injected[0] if settings and plan.stage == "pretrain" else 0
+    start = injected[0] if settings and not (plan.trains_language_model or plan.adapts) else 0
     if plan.checkpointing:
         return (language.layers - start) * e * n * width + last + rotary
     total = (language.layers - start) * _layer(plan, language, n)
@@ -128,31 +123,36 @@ def _layer(plan: Plan, language: LanguageShape, n: int) -> int:
     return total
 
 
-def _low_rank(settings: VLoRAConfig, plan: Plan, language: LanguageShape, n: int) -> int:
+def _low_rank(settings: GeneratorConfig, plan: Plan, language: LanguageShape, n: int) -> int:
     """What the low-rank paths of one injected layer keep."""
     e = plan.width
-    total = e * n * settings.rank * len(settings.types)
+    made_by = KINDS[settings.kind].generator
+    shape = language.decoder_shape(settings.types)
+    total = e * n * made_by.kept_token_values(settings, shape)
     if not plan.trains_language_model:  # otherwise the linear layers keep their inputs anyway
         inputs = {"qkv": language.width, "mgu": language.width, "d": language.mlp}
         total += sum(e * n * size for t, size in inputs.items() if set(t) & set(settings.types))
     return total
 
 
-def _generator(
-    settings: VLoRAConfig, plan: Plan, vision: VisionShape, language: LanguageShape
-) -> int:
-    """What the generator keeps, without the factors."""
-    batch, e, dim, heads = plan.batch, plan.width, settings.dim, settings.heads
-    types = len(settings.types)
-    groups = types if settings.separate else 1
-    queries = len(settings.layers(language.layers)) * types // groups
-    block = _BLOCK_TENSORS * queries * dim
-    if queries * heads < dim:  # see CrossAttention: patches are not projected
-        block += 2 * heads * queries * dim
-    else:
-        block += 2 * vision.patches * dim
-    patches = vision.patches * (vision.width + dim)
-    return e * batch * (patches + groups * settings.depth * block)
+def _generator(settings: GeneratorConfig, vision: VisionShape, language: LanguageShape) -> int:
+    """Numbers that the generator keeps of an image, without its weights."""
+    shape = language.decoder_shape(settings.types)
+    made_by = KINDS[settings.kind].generator
+    return made_by.kept_values(settings, shape, vision.width, vision.patches)
+
+
+def _casts(shape: Shape, projector: str, plan: Plan) -> int:
+    """Casts that autocast keeps for the backward pass: of float32 weights, and of what a generator casts again."""
+    numbers = sum(connector_parameters(shape, projector).values())
+    settings = shape.generators.get(projector)
+    if settings is not None:
+        language, vision = language_shape(shape.language), vision_shape(shape.vision)
+        made_by, widths = KINDS[settings.kind].generator, language.decoder_shape(settings.types)
+        numbers += plan.batch * made_by.cast_values(settings, widths, vision.width, vision.patches)
+        if plan.checkpointing:  # those of the decoder layers stay inside them
+            numbers -= made_by.shared_values(settings, widths)
+    return plan.width * numbers
 
 
 def _tower(plan: Plan, vision: VisionShape) -> int:

@@ -71,21 +71,21 @@ class Memory:
         return sum(self.kept.values()) + max(self.step, self.activations.peak)
 
 
-def count_parameters(shape: Shape, kind: str, plan: Plan) -> Parameters:
-    """The parameters of a model and those that a stage trains; ``kind`` is ``mlp2x_gelu`` or ``vlora``."""
+def count_parameters(shape: Shape, projector: str, plan: Plan) -> Parameters:
+    """The parameters of a model and those that a stage trains; ``projector`` as ``--mm_projector_type``."""
     language = language_parameters(shape.language)
-    connector = connector_parameters(shape, kind)
+    connector = connector_parameters(shape, projector)
     lora = lora_parameters(shape.language, plan.lora_rank) if plan.adapts else {}
     trained = {**(language if plan.trains_language_model else {}), **connector, **lora}
     return Parameters(language, vision_parameters(shape.vision), connector, lora, trained)
 
 
-def memory(shape: Shape, kind: str, plan: Plan) -> Memory:
-    """Memory of one GPU; ``kind`` is ``mlp2x_gelu`` or ``vlora``."""
-    parameters = count_parameters(shape, kind, plan)
+def memory(shape: Shape, projector: str, plan: Plan) -> Memory:
+    """Memory of one GPU; ``projector`` as ``--mm_projector_type``."""
+    parameters = count_parameters(shape, projector, plan)
     parts = {0: _plain, 2: _zero2, 3: _zero3}[plan.zero]
     kept, step, host = parts(parameters, plan, shape.language["hidden_size"])
-    return Memory(kept, step, activations(shape, kind, plan), host)
+    return Memory(kept, step, activations(shape, projector, plan), host)
 
 
 _Parts = tuple[dict[str, int], int, int]
@@ -162,7 +162,7 @@ def _whole_weights(parameters: Parameters, plan: Plan, connector: int) -> dict[s
     return {
         "weights: language model": _language_bytes(parameters, plan),
         "weights: vision tower": plan.width * sum(parameters.tower.values()),
-        "weights: projector or generator": connector * sum(parameters.connector.values()),
+        "weights: projector, generator": connector * sum(parameters.connector.values()),
     }
 
 

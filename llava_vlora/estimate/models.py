@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..bench.shapes import SHAPES, Shape
-from ..config import VLoRAConfig
 from ..errors import CheckpointError, ConfigError, DataError, UnsupportedDecoderError, listing
 from ..evaluation.files import read_json
+from ..generators import config_of, kind_of
 
 _CLIP_L = SHAPES["7b"].vision
 #: Vision towers whose sizes are known without their files; the first is LLaVA-1.5's.
@@ -30,7 +30,7 @@ def find_shape(model: str, tower: str | None = None) -> Shape:
     """The sizes behind ``--model`` and ``--vision-tower``.
 
     Args:
-        model: The name of a shape, or a folder with a ``config.json``; a VLoRA checkpoint's settings are its own.
+        model: The name of a shape, or a folder with a ``config.json``; of a VLoRA checkpoint, its own generator.
         tower: A known name or a folder with a ``config.json``; by default what the model says, else LLaVA-1.5's.
 
     Raises:
@@ -51,14 +51,12 @@ def find_shape(model: str, tower: str | None = None) -> Shape:
         raise UnsupportedDecoderError(
             f"{folder} is a {family!r} model; estimates are for Llama and Mistral models, whose layers are known."
         )
-    trained = config.get("mm_projector_type") == "vlora"
-    settings = (
-        VLoRAConfig.from_keys(config, where=str(folder / "config.json"), complete=True)
-        if trained
-        else VLoRAConfig()
-    )
     vision = _tower(tower or config.get("mm_vision_tower"))
-    return Shape(folder.resolve().name, f"{family} model", config, vision, settings)
+    found = Shape(folder.resolve().name, f"{family} model", config, vision)
+    if kind_of(config) is None:
+        return found
+    settings = config_of(config, where=str(folder / "config.json"), complete=True)
+    return replace(found, stated={settings.kind: settings}, kinds=(settings.kind,))
 
 
 def _tower(name: str | None) -> Mapping[str, int]:

@@ -11,10 +11,22 @@ from typing import Any
 from ..bench.shapes import Shape
 from ..decoder import TARGETS
 from ..evaluation.cost import LanguageShape, language_shape
+from ..generators import KINDS
 
 #: Parameter name -> number of elements.
 Counts = dict[str, int]
-KINDS = ("mlp2x_gelu", "vlora")
+#: LLaVA's projector.
+MLP = "mlp2x_gelu"
+
+
+def projectors(shape: Shape) -> tuple[str, ...]:
+    """What is compared, values of ``--mm_projector_type``: LLaVA's projector and the shape's kinds of generators."""
+    return (MLP, *shape.generators)
+
+
+def projector_label(projector: str) -> str:
+    """Its name in tables."""
+    return "LLaVA" if projector == MLP else KINDS[projector].label
 
 
 def language_parameters(config: Mapping[str, Any]) -> Counts:
@@ -74,24 +86,24 @@ def vision_parameters(config: Mapping[str, Any]) -> Counts:
     return found | _norm(f"{model}.post_layernorm", width)
 
 
-def connector_parameters(shape: Shape, kind: str) -> Counts:
+def connector_parameters(shape: Shape, projector: str) -> Counts:
     """Parameters below ``model.mm_projector``.
 
     Args:
         shape: The models.
-        kind: ``mlp2x_gelu`` or ``vlora``.
+        projector: ``mlp2x_gelu`` or one of the shape's kinds of generators.
 
     Raises:
         ConfigError: The generator's settings do not fit the language model.
     """
     language, visual = language_shape(shape.language), shape.vision["hidden_size"]
-    if kind in KINDS:
-        settings = shape.settings
-        widths = language.decoder_shape(settings.types)
-        made_by = KINDS[kind].generator
-        names = made_by.parameter_counts(settings, widths, visual, shape.patches)
-    else:
+    if projector == MLP:
         names = {**_linear("0", visual, language.width), **_linear("2", *[language.width] * 2)}
+    else:
+        settings = shape.generators[projector]
+        widths = language.decoder_shape(settings.types)
+        made_by = KINDS[projector].generator
+        names = made_by.parameter_counts(settings, widths, visual, shape.patches)
     return {f"model.mm_projector.{name}": count for name, count in names.items()}
 
 

@@ -8,7 +8,7 @@ from ..errors import ConfigError, listing
 
 #: Stage -> ZeRO stage, samples of a GPU and text tokens of a sample, as in the recipes in ``scripts/``.
 RECIPES = {"pretrain": (2, 32, 32), "finetune": (3, 16, 256), "lora": (3, 16, 256)}
-RECIPES |= {"qlora": (2, 16, 256)}
+RECIPES |= {"qlora": (2, 16, 256), "frozen": (2, 16, 256)}
 DTYPES = {"bfloat16": 2, "float32": 4}
 ZERO = (0, 2, 3)
 

@@ -1,4 +1,4 @@
-"""What a person sees of an estimate: one table, LLaVA and VLoRA side by side."""
+"""What a person sees of an estimate: one table, LLaVA and the kinds of generators side by side."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from rich.table import Table
 
 from ..bench.shapes import Shape
 from .memory import Memory, count_parameters, memory
+from .parameters import projector_label
 from .plan import Plan
 from .speed import Speed
 
-_NAMES = {"mlp2x_gelu": "LLaVA", "vlora": "VLoRA"}
 _LIMITS = (
     "Gradients count throughout, as with accumulation; attention is fused; the loss is computed in float32. "
     "Not counted: the CUDA context and libraries (about 1 GiB), fragmentation, NCCL's buffers."
@@ -42,7 +42,7 @@ def print_estimate(
     found = {kind: memory(shape, kind, plan) for kind in kinds}
     console.print(heading(shape, plan), highlight=False, soft_wrap=True)
     table = Table(
-        "", *(_NAMES[kind] for kind in kinds), box=SIMPLE_HEAD, pad_edge=False, show_edge=False
+        "", *map(projector_label, kinds), box=SIMPLE_HEAD, pad_edge=False, show_edge=False
     )
     for column in table.columns[1:]:
         column.justify = "right"
@@ -88,7 +88,7 @@ def parameter_rows(shape: Shape, kinds: Sequence[str], plan: Plan) -> list[Row]:
     parts = [
         ("language model", [p.language for p in counted]),
         ("vision tower", [p.tower for p in counted]),
-        ("projector or generator", [p.connector for p in counted]),
+        ("projector, generator", [p.connector for p in counted]),
         *([("LoRA", [p.lora for p in counted])] if plan.adapts else []),
         ("trained", [p.trained for p in counted]),
     ]
@@ -116,19 +116,19 @@ def memory_rows(found: Sequence[Memory], plan: Plan) -> list[Row]:
 
     rows = [kept(name) for name in found[0].kept]
     rows += [
-        row("kept for the backward pass: decoder", lambda m: m.activations.decoder),
-        row("kept: projector or generator", lambda m: m.activations.connector),
-        row("generated factors", lambda m: m.activations.factors),
+        row("kept for backward: decoder", lambda m: m.activations.decoder),
+        row("kept: projector, generator", lambda m: m.activations.connector),
+        row("weights of the images", lambda m: m.activations.factors),
         row("their gradients", lambda m: m.activations.factor_gradients),
         row("logits and loss (1)", lambda m: m.activations.logits),
-        row("one decoder layer going backward (1)", lambda m: m.activations.layer),
+        row("a layer going backward (1)", lambda m: m.activations.layer),
         row("vision tower (1)", lambda m: m.activations.tower),
         row("optimizer's step (1)", lambda m: m.step),
         row("in use: vision tower", alone(lambda m: m.activations.tower)),
         row("in use: loss", alone(lambda m: saved(m) + m.activations.logits)),
         row("in use: backward", alone(lambda m: saved(m) + m.activations.layer)),
         row("in use: optimizer's step", alone(lambda m: m.step)),
-        row("peak (1: one of these at a time)", lambda m: m.peak, True),
+        row("peak (1: one at a time)", lambda m: m.peak, True),
     ]
     if plan.offload:
         rows.append(row("on the CPU, for each GPU", lambda m: m.host))

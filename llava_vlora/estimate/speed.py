@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ..bench.shapes import Shape
+from ..bench.systems import LLAVA
 from ..errors import ConfigError, DataError, listing
 from ..evaluation.files import read_json
+from .parameters import MLP, projectors
 from .plan import Plan
 
 #: Samples of LLaVA-1.5's data sets: LCS-558K for stage 1, the mixture of 665K after it.
 SAMPLES = {"pretrain": 558_128, "finetune": 665_298}
-#: Projector -> its name in a result of ``bench train``.
-_SYSTEMS = {"mlp2x_gelu": "llava", "vlora": "vlora"}
 _SIZES = (
     *("hidden_size", "intermediate_size", "num_hidden_layers"),
     *("num_attention_heads", "num_key_value_heads", "vocab_size"),
@@ -77,7 +77,10 @@ def _speed(result: Mapping[str, Any], path: Path, shape: Shape, plan: Plan) -> S
         "dtype": (options["dtype"].replace("autocast", "bfloat16"), plan.dtype),
     }
     return Speed(
-        {kind: float(cells[name]["samples_per_second"]) for kind, name in _SYSTEMS.items()},
+        {
+            projector: float(cells[LLAVA if projector == MLP else projector]["samples_per_second"])
+            for projector in projectors(shape)
+        },
         f"{device['name']}{threads}, {measured['name']}, commit {(result['commit'] or 'unknown')[:7]}",
         tuple(f"{n} {a} (here {b})" for n, (a, b) in compared.items() if a != b),
     )

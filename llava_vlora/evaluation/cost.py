@@ -15,7 +15,7 @@ from typing import Any
 
 from ..config import GeneratorConfig
 from ..decoder import TARGETS, DecoderShape
-from ..generators import KINDS
+from ..generators import KINDS, Generator
 
 CONVENTION = (
     "2 FLOPs per multiply-accumulate of matrix products, convolutions and attention (full square); "
@@ -112,19 +112,10 @@ def projector_macs(vision: VisionShape, language: LanguageShape, depth: int = 2)
     return vision.patches * (first + (depth - 1) * language.width**2)
 
 
-def generator_macs(
-    config: GeneratorConfig, vision: VisionShape, language: LanguageShape, **how: bool
-) -> int:
-    """MACs of the generator for one image.
-
-    Args:
-        config: Its settings.
-        vision: The vision tower.
-        language: The language model.
-        how: Options of the generator's own count, such as ``project`` of the paper's.
-    """
+def generator_macs(config: GeneratorConfig, vision: VisionShape, language: LanguageShape) -> int:
+    """MACs of the generator for one image."""
     shape = language.decoder_shape(config.types)
-    return _made_by(config).macs(config, shape, vision.width, vision.patches, **how)
+    return _made_by(config).macs(config, shape, vision.width, vision.patches)
 
 
 def low_rank_macs(config: GeneratorConfig, language: LanguageShape, merged: bool = False) -> int:
@@ -144,7 +135,7 @@ def weight_values(config: GeneratorConfig, language: LanguageShape) -> int:
     return _made_by(config).image_values(config, language.decoder_shape(config.types))
 
 
-def _made_by(config: GeneratorConfig) -> Any:
+def _made_by(config: GeneratorConfig) -> type[Generator]:
     return KINDS[config.kind].generator
 
 

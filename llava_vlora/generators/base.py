@@ -5,7 +5,7 @@ Shapes: B images, V patches, T weight types, K injected layers.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from ..weights import PerceptualWeights
 Bare = dict[str, tuple[Tensor, ...]]
 
 
-class Generator(nn.Module):
+class Generator(nn.Module, ABC):
     """Patch features of an image -> perceptual weights.
 
     A subclass is built as ``(config, shape, visual_dim, num_patches)`` and defines :meth:`latents`, :meth:`expand`
@@ -144,11 +144,23 @@ class Generator(nn.Module):
         """Numbers that differ between images in the weights of one image."""
 
     @classmethod
+    def shared_values(cls, config: Any, shape: DecoderShape) -> int:
+        """Numbers in the learned factors that all images share, which decoder layers cast when they compute."""
+        return 0
+
+    @classmethod
     @abstractmethod
     def kept_values(
         cls, config: Any, shape: DecoderShape, visual_dim: int, num_patches: int
     ) -> int:
         """Numbers that training keeps of one image for the backward pass of the generator, weights left out."""
+
+    @classmethod
+    def cast_values(
+        cls, config: Any, shape: DecoderShape, visual_dim: int, num_patches: int
+    ) -> int:
+        """Numbers in half precision that autocast keeps of an image besides: casts that no later product finds."""
+        return 0
 
     @classmethod
     @abstractmethod

@@ -13,6 +13,7 @@ Shapes: B images, V patches, P vectors, D width, K injected layers, I/O input an
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -35,12 +36,13 @@ _MLP_RATIO = 4
 _GATHER_FROM = 64
 #: Length of what ``U`` reads from a hidden state whose numbers are of unit size, at the start.
 _READ = 2.25
-#: ``scale = alpha * _GAIN / (D sqrt(P))``: with Adam, a step of rate lr moves what is written by about
-#: ``lr * D * scale * |z|^2 / D`` and P vectors of any sign add up as ``sqrt(P)``, so steps are alike at all P and D.
-_GAIN = 100.0
+#: ``scale = alpha * _GAIN / (K D sqrt(P))``. With Adam, a step of rate lr moves each number that is written, so what a
+#: layer adds moves with ``D``; what K layers add adds up; and P vectors of any sign add up as ``sqrt(P)``. Divided by
+#: these, steps are alike at all sizes.
+_GAIN = 400.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FastWeightsConfig(GeneratorConfig):
     """Settings of fast weights and of where they go."""
 
@@ -82,6 +84,10 @@ class FastWeightsConfig(GeneratorConfig):
             raise ConfigError(
                 f"vlora_positions {self.positions!r} is unknown; valid: {listing(get_args(Positions))}."
             )
+
+    def spelt_out(self) -> FastWeightsConfig:
+        """The same settings with alpha spelt out."""
+        return replace(self, alpha=1.0 if self.alpha is None else float(self.alpha))
 
     def resolved(self, num_patches: int) -> FastWeightsConfig:
         """The settings with the window and the stride that images of so many patches get."""
@@ -148,8 +154,8 @@ class Grid:
 
     def back(self, shares: Tensor) -> Tensor:
         """What each vector has, ``[..., vectors]``, given to the patches of its stride, ``[..., patches]``."""
-        first, cells = shares.split([self.rest, self.across**2], dim=-1)
-        square = cells.unflatten(-1, (self.across, self.across))
+        first, cells = torch.split_with_sizes(shares, [self.rest, self.across**2], dim=-1)
+        square = cells.reshape(*cells.shape[:-1], self.across, self.across)
         for dim in (-2, -1):
             square = square.repeat_interleave(self.stride, dim=dim)
         square = square[..., : self.side, : self.side]
@@ -157,11 +163,20 @@ class Grid:
         return torch.cat([first, square.flatten(-2)], dim=-1)
 
 
+@functools.cache
 def grid_positions(across: int, dim: int) -> Tensor:
     """Sine and cosine of row and column, ``[across * across, dim]``, each number of unit size.
 
     Wavelengths run geometrically from 4 vectors to 4 times the side, so that neighbours differ and no two places agree.
     """
+    with (
+        torch.inference_mode(False),
+        torch.device("cpu"),
+    ):  # kept for calls of any kind and on any device
+        return _waves(across, dim)
+
+
+def _waves(across: int, dim: int) -> Tensor:
     count = -(-dim // 4)
     span = torch.linspace(0, 1, count) if count > 1 else torch.zeros(1)
     rates = math.pi / 2 * float(max(across, 1)) ** -span
@@ -170,6 +185,32 @@ def grid_positions(across: int, dim: int) -> Tensor:
     rows = waves[:, None].expand(-1, across, -1)
     columns = waves[None].expand(across, -1, -1)
     return torch.cat([rows, columns], dim=-1).flatten(0, 1)[:, :dim].contiguous()
+
+
+class Gather(nn.Linear):
+    """What a vector sees of its window of patches, ``C * window * window`` numbers, as one vector.
+
+    What binds must lie in one vector, and a window is wide enough for what lies across strides. At first a vector is
+    made of the patches of its stride alone: with all patches of a window weighted alike, what is in the middle is a
+    small part of the vector and takes long to be found.
+    """
+
+    def __init__(self, width: int, dim: int, grid: Grid) -> None:
+        """For patches of ``width``."""
+        self.grid = grid  # before the weights are made: ZeRO-3 takes them away as soon as they are
+        super().__init__(width * grid.window**2, dim)
+
+    def reset_parameters(self) -> None:
+        """As a linear layer of the patches of the stride, which stand in the middle."""
+        nn.init.zeros_(self.weight)
+        window, stride = self.grid.window, self.grid.stride
+        first = (window - stride) // 2
+        middle = slice(first, first + stride)
+        bound = (self.in_features / window**2 * stride**2) ** -0.5
+        with torch.no_grad():
+            kernel = self.weight.view(self.out_features, -1, window, window)
+            kernel[..., middle, middle].uniform_(-bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
 
 
 class Block(nn.Module):
@@ -183,6 +224,12 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.linear1 = nn.Linear(dim, _MLP_RATIO * dim)
         self.linear2 = nn.Linear(_MLP_RATIO * dim, dim)
+        for last in (
+            self.out,
+            self.linear2,
+        ):  # a block starts as the identity: each vector is its patches at first
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, P, D]`` -> ``[B, P, D]``."""
@@ -236,7 +283,7 @@ class FastWeightsGenerator(Generator):
         self.grid = grid = Grid.of(config, num_patches)
         dim = config.dim
         self.norm_in = nn.LayerNorm(visual_dim)
-        self.gather = nn.Linear(visual_dim * grid.window**2, dim)
+        self.gather = Gather(visual_dim, dim, grid)
         if grid.rest:
             self.whole = nn.Linear(visual_dim, dim)
         if config.positions == "learned":
@@ -263,7 +310,8 @@ class FastWeightsGenerator(Generator):
     def scale(self) -> float:
         """What ``z.T z`` is multiplied by."""
         alpha = 1.0 if self.config.alpha is None else self.config.alpha
-        return alpha * _GAIN / (self.config.dim * math.sqrt(self.grid.vectors))
+        width = len(self.layers) * self.config.dim
+        return alpha * _GAIN / (width * math.sqrt(self.grid.vectors))
 
     def latents(self, features: Tensor) -> dict[str, Tensor]:
         """Vectors ``z [B, P, D]`` whose outer products add up to the image, the scale inside.
@@ -316,12 +364,14 @@ class FastWeightsGenerator(Generator):
 
     def _vectors(self, features: Tensor) -> Tensor:
         normed = self.norm_in(self.checked(features))
-        first, patches = normed.split([self.grid.rest, self.grid.side**2], dim=1)
+        sizes = [self.grid.rest, self.grid.side**2]
+        first, patches = torch.split_with_sizes(normed, sizes, dim=1)
+        places: Tensor
         if self.config.positions == "learned":
             places = self.places
         else:
             places = grid_positions(self.grid.across, self.config.dim).to(normed)
-        x = self.gather(self.grid.windows(patches)) + places
+        x: Tensor = self.gather(self.grid.windows(patches)) + places
         if self.grid.rest:
             x = torch.cat([self.whole(first), x], dim=1)
         for block in self.blocks:
@@ -387,6 +437,12 @@ class FastWeightsGenerator(Generator):
     def image_values(cls, config: FastWeightsConfig, shape: DecoderShape) -> int:
         """Numbers of an image: one matrix."""
         return config.dim**2
+
+    @classmethod
+    def shared_values(cls, config: FastWeightsConfig, shape: DecoderShape) -> int:
+        """Numbers in U and W."""
+        widths = sum(shape.in_features[t] + shape.out_features[t] for t in config.types)
+        return len(config.layers(shape.num_layers)) * config.dim * widths
 
     @classmethod
     def kept_values(

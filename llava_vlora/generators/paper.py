@@ -299,6 +299,12 @@ class PerceptualWeightsGenerator(Generator):
         return len(config.layers(shape.num_layers)) * config.rank * sum(generated.values())
 
     @classmethod
+    def shared_values(cls, config: VLoRAConfig, shape: DecoderShape) -> int:
+        """Numbers in the learned factors."""
+        _, shared = _widths(config, shape)
+        return len(config.layers(shape.num_layers)) * config.rank * sum(shared.values())
+
+    @classmethod
     def kept_values(
         cls, config: VLoRAConfig, shape: DecoderShape, visual_dim: int, num_patches: int
     ) -> int:
@@ -312,6 +318,14 @@ class PerceptualWeightsGenerator(Generator):
         else:
             block += 2 * num_patches * dim
         return num_patches * (visual_dim + dim) + groups * config.depth * block
+
+    @classmethod
+    def cast_values(
+        cls, config: VLoRAConfig, shape: DecoderShape, visual_dim: int, num_patches: int
+    ) -> int:
+        """Every block casts the patches anew."""
+        groups = len(config.types) if config.separate else 1
+        return groups * config.depth * num_patches * config.dim
 
     @classmethod
     def kept_token_values(cls, config: VLoRAConfig, shape: DecoderShape) -> int:

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..config import VLoRAConfig
+from ..config import GeneratorConfig
 from ..evaluation.cost import LanguageShape, low_rank_macs
+from ..generators import kind
 from .layout import Role
 from .skip_plan import QUERY_KINDS, SkipPlan
 
@@ -55,7 +56,7 @@ class SkipFlops:
 
 
 def flops(
-    shape: LanguageShape, rows: PromptRows, plan: SkipPlan, vlora: VLoRAConfig | None = None
+    shape: LanguageShape, rows: PromptRows, plan: SkipPlan, vlora: GeneratorConfig | None = None
 ) -> SkipFlops:
     """FLOPs under a plan.
 
@@ -91,7 +92,7 @@ class _Block:
     shape: LanguageShape
     plan: SkipPlan
     number: int
-    vlora: VLoRAConfig | None
+    vlora: GeneratorConfig | None
 
     def saved_by_prompt(self, rows: PromptRows) -> int:
         """By the rows of the prompt; what ranking them costs is taken off."""
@@ -124,7 +125,10 @@ class _Block:
         """Of a row in linear layers, by weight type, with the low-rank paths ``beside`` them."""
         sizes = [self.shape.widths(t) for t in types]
         macs = sum(read * written for read, written in sizes)
-        if self.vlora is None or self.number - 1 not in self.vlora.layers(self.shape.layers):
+        injected = () if self.vlora is None else self.vlora.layers(self.shape.layers)
+        if self.vlora is None or self.number - 1 not in injected:
             return macs
-        paths = [t for t in self.vlora.types if t in (beside or types)]
-        return macs + self.vlora.rank * sum(sum(self.shape.widths(t)) for t in paths)
+        paths = "".join(t for t in self.vlora.types if t in (beside or types))
+        sizes_of = self.shape.decoder_shape(self.vlora.types)
+        low = kind(self.vlora.kind).generator.token_macs(self.vlora, sizes_of, paths)
+        return macs + low // len(injected)  # all injected blocks cost the same

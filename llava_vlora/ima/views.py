@@ -189,7 +189,7 @@ def perceptual_weights(batch: Batch) -> PerceptualWeights:
     for name, present in zip(batch.names, batch.weights.present.tolist(), strict=True):
         if not present:
             raise IMAError(f"Example {name} has no image, which this view is about; leave it out.")
-    return batch.weights.spelled()
+    return batch.weights
 
 
 def cosine(first: Tensor, second: Tensor, what: str) -> Tensor:

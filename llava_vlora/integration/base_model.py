@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..decoder import TARGETS, decoder_layers
 
@@ -24,7 +24,11 @@ def describe_base(model: Any, name: str) -> dict[str, Any]:
 
 
 def other_base(
-    model: Any, described: Mapping[str, Any] | None, *, pruned: bool = False
+    model: Any,
+    described: Mapping[str, Any] | None,
+    *,
+    pruned: bool = False,
+    advice: str = "give the same --model_name_or_path to both stages",
 ) -> str | None:
     """Why ``model`` is not the language model that was described; ``None`` if it is, or nothing was described.
 
@@ -32,10 +36,22 @@ def other_base(
         model: The language model.
         described: What :func:`describe_base` gave.
         pruned: Whether ``model`` has been pruned since: what is 0 in it says nothing then.
+        advice: What to do about it.
     """
+    return other_samples(_samples(model), described, pruned=pruned, advice=advice)
+
+
+def other_samples(
+    sampled: Mapping[str, list[float]],
+    described: Mapping[str, Any] | None,
+    *,
+    pruned: bool = False,
+    advice: str,
+) -> str | None:
+    """The same as :func:`other_base` for weights that :func:`sample_weight` has read, by their place in the decoder."""
     if not described:
         return None
-    for place, values in _samples(model).items():
+    for place, values in sampled.items():
         before = described.get("weights", {}).get(place)
         if before is None:
             continue
@@ -46,9 +62,8 @@ def other_base(
         if len(old) != len(new) or far.float().mean() > _TOLERATED:
             i = int(far.float().argmax())
             return (
-                f"{described.get('name')} has {old[i]:.4g} in {place} where this run's model has {new[i]:.4g} "
-                f"({int(far.sum())} of {len(far)} sampled weights differ); give the same --model_name_or_path to "
-                "both stages"
+                f"{described.get('name')} has {old[i]:.4g} in {place} where this model has {new[i]:.4g} "
+                f"({int(far.sum())} of {len(far)} sampled weights differ); {advice}"
             )
     return None
 
@@ -62,10 +77,15 @@ def _samples(model: Any) -> dict[str, list[float]]:
         .get_submodule(TARGETS["o"].path)
         .weight,
     }
-    return {name: _sample(weight) for name, weight in places.items() if weight.is_floating_point()}
+    return {
+        name: sample_weight(weight)
+        for name, weight in places.items()
+        if weight.is_floating_point() and not weight.is_meta  # offloaded
+    }
 
 
-def _sample(weight: nn.Parameter) -> list[float]:
+def sample_weight(weight: Tensor) -> list[float]:
+    """Some numbers of a matrix, the same ones each time."""
     with _gathered(weight), torch.no_grad():
         rows = 1 << (weight.shape[0].bit_length() - 1)  # the same if a few tokens are added
         across = torch.arange(_SAMPLES)
@@ -75,7 +95,7 @@ def _sample(weight: nn.Parameter) -> list[float]:
         return [float(f"{value:.6g}") for value in picked.float().cpu()]
 
 
-def _gathered(weight: nn.Parameter) -> AbstractContextManager[Any]:
+def _gathered(weight: Tensor) -> AbstractContextManager[Any]:
     if not hasattr(weight, "ds_id"):
         return nullcontext()
     from deepspeed import zero

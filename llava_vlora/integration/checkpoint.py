@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ..errors import CheckpointError, VLoRAError, listing
-from ..generators import kind_of
+from ..generators import Generator, kind_of
 
 #: Where weights are, first found first taken.
 WEIGHT_FILES = (
@@ -158,14 +158,28 @@ def load_projector(projector: nn.Module, tensors: Mapping[str, Tensor], source: 
     expected = {name: tuple(tensor.shape) for name, tensor in projector.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if expected != found:
-        raise CheckpointError(f"{source} does not fit this model: {_difference(expected, found)}")
+        width = _width_of(projector)
+        raise CheckpointError(
+            f"{source} does not fit this model: {_difference(expected, found, width)}"
+        )
     projector.load_state_dict(state)
 
 
+def _width_of(projector: nn.Module) -> str:
+    """The name of the weight that reads the features, where its rows are as many as ``vlora_dim``; else nothing."""
+    if not isinstance(projector, Generator):
+        return ""
+    like = projector.like
+    if getattr(projector.config, "dim", None) != like.shape[0]:
+        return ""
+    return next((name for name, p in projector.named_parameters() if p is like), "")
+
+
 def _difference(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+    expected: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    width: str,
 ) -> str:
-    width = "visual_proj.weight"
     if width in expected and width in found and expected[width][0] != found[width][0]:
         return (
             f"it was made with vlora_dim {found[width][0]}, this run has vlora_dim {expected[width][0]}. "

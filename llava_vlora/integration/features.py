@@ -25,6 +25,8 @@ from ..errors import ConfigError, FeaturesError, ImageError
 from ..generators import KINDS
 from .data_errors import place
 from .extraction import recipe_of
+from .flags import Request
+from .frozen import frozen_alone
 
 
 class _Run:
@@ -68,8 +70,8 @@ def _checked(stock: Callable[..., None]) -> Callable[..., None]:
                 f"--vlora_features {folder}: the vision tower of this model was trained with it "
                 "(unfreeze_mm_vision_tower) and is another one than its name says; train without the flag."
             )
-        # Only stage 1 saves no tower: whatever saves a whole model keeps it, for the same files as ever.
-        if model_args.tune_mm_mlp_adapter:
+        # Only a projector alone is saved without the tower: a whole model keeps it, for the same files as ever.
+        if model_args.tune_mm_mlp_adapter or frozen_alone(model_args, Request.training):
             with _tower_without_weights(self, model_args, fsdp):
                 stock(self, model_args, fsdp)
         else:

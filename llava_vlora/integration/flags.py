@@ -16,6 +16,7 @@ from ..config import DERIVED_KEYS, GeneratorConfig
 from ..errors import ConfigError, UnsupportedDecoderError, listing
 from ..generators import KINDS, projector_types
 from ..training.saving import check_writable
+from .frozen import contradictions_of_frozen, frozen_alone
 
 VISION_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 #: Share of sampled records from which nothing would be learned that still lets a run start.
@@ -44,6 +45,13 @@ class PluginArguments:
         metadata={
             "help": "Mask file: its weights of the language model are zero while the projector is trained alone; for "
             "any projector."
+        },
+    )
+    vlora_freeze_llm: bool = field(
+        default=False,
+        metadata={
+            "help": "In stage 2 leave the language model as it is: the projector trains alone, or beside LoRA; for any "
+            "projector."
         },
     )
     vlora_ima_steps: Optional[int] = field(
@@ -193,6 +201,7 @@ def check_together(model: Any, training: Any) -> None:
     zero3 = _zero_stage(training.deepspeed) == 3
     pruned = f"--vlora_prune_mask {model.vlora_prune_mask} zeroes weights of the language model"
     masked = model.vlora_prune_mask is not None
+    projector_alone = model.tune_mm_mlp_adapter or frozen_alone(model, training)
     contradictions = (
         (
             model.tune_mm_mlp_adapter and training.freeze_mm_mlp_adapter,
@@ -203,9 +212,9 @@ def check_together(model: Any, training: Any) -> None:
             f"{alone}, --lora_enable True trains the language model",
         ),
         (
-            quantised and not training.lora_enable and not model.tune_mm_mlp_adapter,
+            quantised and not training.lora_enable and not projector_alone,
             f"--bits {training.bits} quantises the language model, whose weights then cannot be trained: give "
-            "--lora_enable True or --tune_mm_mlp_adapter True",
+            "--lora_enable True, --vlora_freeze_llm True or --tune_mm_mlp_adapter True",
         ),
         (
             quantised and zero3,
@@ -218,15 +227,16 @@ def check_together(model: Any, training: Any) -> None:
             "use a ZeRO-2 configuration",
         ),
         (
-            masked and not model.tune_mm_mlp_adapter,
-            f"{pruned}, and training it would fill them again: give --tune_mm_mlp_adapter True, which trains the "
-            "projector alone",
+            masked and not projector_alone,
+            f"{pruned}, and training it would fill them again: give --tune_mm_mlp_adapter True or "
+            "--vlora_freeze_llm True, which train the projector alone",
         ),
         (masked and quantised, f"{pruned}, which --bits {training.bits} quantises"),
         (
             masked and zero3,
             f"{pruned}, which ZeRO-3 in {training.deepspeed} partitions: use a ZeRO-2 configuration",
         ),
+        *contradictions_of_frozen(model, training),
     )
     for found, what in contradictions:
         if found:

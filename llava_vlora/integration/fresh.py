@@ -1,12 +1,12 @@
 """LLaVA and VLoRA models of any size with random weights, for measurements: no files, no downloads.
 
-Both share one language model and one vision tower, tensor by tensor, with the plain language model beside them.
+All share one language model and one vision tower, tensor by tensor, with the plain language model beside them.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -31,36 +31,42 @@ _VISION = {"mm_vision_select_layer": -2, "mm_vision_select_feature": "patch"}
 
 @dataclass(frozen=True)
 class Models:
-    """Three models that share their language model and vision tower."""
+    """Models that share their language model and vision tower."""
 
     text: Any
     """The plain language model."""
     llava: Any
-    vlora: Any
+    vlora: Mapping[str, Any]
+    """A model for each kind of generator, by its name."""
     tower: Any
+
+    @property
+    def pictured(self) -> dict[str, Any]:
+        """The models that see images: ``llava``, then the kinds of generators."""
+        return {"llava": self.llava, **self.vlora}
 
 
 def random_models(
     language: LlamaConfig,
     vision: CLIPVisionConfig,
-    settings: GeneratorConfig,
+    generators: Mapping[str, GeneratorConfig],
     *,
     device: torch.device,
     dtype: torch.dtype,
     bits: int | None = None,
 ) -> Models:
-    """Build the three models.
+    """Build the plain model, LLaVA, and a model for each kind of generator.
 
     Args:
         language: The language model.
         vision: The vision tower.
-        settings: The generator.
+        generators: The settings of the generators, by kind.
         device: Where all weights go.
         dtype: Of all weights.
         bits: 8 or 4 quantises the decoder layers as LLaVA's loader does, with bitsandbytes.
 
     Raises:
-        ConfigError: bitsandbytes is not installed.
+        ConfigError: bitsandbytes is not installed, or a generator does not fit the models.
     """
     register()
     text = _random(lambda: LlamaForCausalLM(language), device, dtype)
@@ -80,15 +86,17 @@ def random_models(
     llava.model.vision_tower = tower
     llava.model.mm_projector = _random(lambda: build_vision_projector(llava.config), device, dtype)
     patches = (vision.image_size // vision.patch_size) ** 2
-    stated = {"mm_projector_type": settings.kind, **settings.resolved(patches).to_keys()}
-    config = LlavaVLoRAConfig(**{**keys, **stated})
-    vlora = _around(text, LlavaVLoRALlamaForCausalLM, config)
-    vlora.model.vision_tower = tower
-    with torch.device(device):
-        vlora.model.build_generator("The shape")
-    vlora.model.mm_projector = _filled(vlora.model.mm_projector.to(dtype))
+    vlora = {}
+    for name, settings in generators.items():
+        stated = {"mm_projector_type": name, **settings.resolved(patches).to_keys()}
+        model = _around(text, LlavaVLoRALlamaForCausalLM, LlavaVLoRAConfig(**{**keys, **stated}))
+        model.model.vision_tower = tower
+        with torch.device(device):
+            model.model.build_generator("The shape")
+        model.model.mm_projector = _filled(model.model.mm_projector.to(dtype))
+        vlora[name] = model
     if bits is not None:
-        _quantise((text, llava, vlora), bits, dtype)
+        _quantise((text, llava, *vlora.values()), bits, dtype)
     return Models(text, llava, vlora, tower)
 
 

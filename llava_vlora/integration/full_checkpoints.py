@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..training.saving import publish_folder, require_space
 from .checkpoint import Checkpoint
+from .frozen import FROZEN_KEY
 from .quantised_training import BITS_KEY
 
 #: Of the language model, beside weights and config.json.
@@ -78,7 +79,8 @@ def describe(checkpoint: Checkpoint, source: Path, out: Path, dtype: torch.dtype
     bits = config.pop(BITS_KEY, None) or (
         4 if quantised.get("load_in_4bit") else 8 if quantised.get("load_in_8bit") else None
     )
-    for key in ("dtype", "_name_or_path"):
+    # Of a projector alone, and no longer true where the model is whole.
+    for key in ("dtype", "_name_or_path", "vlora_base", FROZEN_KEY):
         config.pop(key, None)
     config["torch_dtype"] = str(dtype).removeprefix("torch.")  # every release reads this name
     model_class = _CLASSES.get(str(config.get("model_type")))

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from ..errors import CheckpointError, ConfigError
 from .adapter import apply_adapter
+from .base_model import other_base
 from .checkpoint import (
     NON_LORA_FILE,
     PROJECTOR_FILE,
@@ -27,6 +28,7 @@ from .checkpoint import (
     read_json,
     read_tensors,
 )
+from .frozen import FROZEN_KEY
 from .modeling import (
     LlavaVLoRAConfig,
     LlavaVLoRALlamaForCausalLM,
@@ -118,6 +120,7 @@ def _load_multimodal(
             read_tensors(checkpoint.path / PROJECTOR_FILE),
             checkpoint.path,
         )
+        _require_same_base(checkpoint, model)
         if MASK_KEY in checkpoint.config:
             _logger.warning(
                 "%s was trained on a language model pruned by mask %s; prune %s in the same way, "
@@ -129,6 +132,15 @@ def _load_multimodal(
     elif checkpoint.kind == "lora":
         model = _merge_lora(checkpoint, model)
     return tokenizer, model
+
+
+def _require_same_base(checkpoint: Checkpoint, model: Any) -> None:
+    """Refuse another language model than a projector was trained beside in stage 2."""
+    if checkpoint.config.get(FROZEN_KEY) and MASK_KEY not in checkpoint.config:
+        described, advice = checkpoint.config.get("vlora_base"), "give that one as --model-base"
+        reason = other_base(model, described, pruned=True, advice=advice)
+        if reason:
+            raise CheckpointError(f"{checkpoint.path} belongs to another language model: {reason}.")
 
 
 def _merge_lora(checkpoint: Checkpoint, model: Any) -> Any:

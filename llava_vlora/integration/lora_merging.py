@@ -1,4 +1,4 @@
-"""A LoRA checkpoint of LLaVA's trainer and its base model as one full checkpoint, without loading either whole.
+"""A LoRA or projector checkpoint of LLaVA's trainer and its base as one full checkpoint, without loading either whole.
 
 The base's tensors pass through one by one: ``W + (lora_alpha / r) B A`` (Hu et al., arXiv 2106.09685, section 4.1),
 computed in float32, where PEFT rounds the product to the dtype of the weights before it adds.
@@ -20,19 +20,25 @@ from torch import Tensor
 
 from ..errors import CheckpointError, listing
 from .adapter import adapter_weights
+from .base_model import other_samples, sample_weight
 from .checkpoint import (
     ADAPTER_FILE,
     NON_LORA_FILE,
+    PROJECTOR_FILE,
     Checkpoint,
     inspect_checkpoint,
     plain_name,
+    projector_state,
     read_json,
     read_tensors,
 )
 from .full_checkpoints import cast, describe, new_folder, require_new
+from .pruned_training import MASK_KEY
 from .weight_files import BaseWeights, local_folder, write_shards
 
 _LORA = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
+#: Where full checkpoints have the projector.
+PROJECTOR = "model.mm_projector."
 Progress = Callable[[str, int], Callable[[int], object]]
 
 
@@ -61,23 +67,25 @@ def merge_lora(
     """Write base, LoRA weights and projector or generator as one checkpoint, whole or not at all.
 
     Args:
-        lora: Output folder of a LoRA or QLoRA run, or a checkpoint in it.
+        lora: Output folder of a LoRA or QLoRA run, or a checkpoint in it; or of a run that trained the projector alone,
+            which is then put into the base as it is.
         base: Folder or hub name of the language model; the one that the adapter names by default.
         out: New folder.
         dtype: Of all floating-point weights; by default that of the base.
         progress: Called with a name and a number of tensors; what it returns is called for each.
 
     Raises:
-        CheckpointError: ``lora`` is no LoRA checkpoint, does not fit ``base`` or needs what plain LoRA lacks; ``out``
-            is not empty; the disk has no room.
+        CheckpointError: ``lora`` is a full checkpoint, does not fit ``base`` or needs what plain LoRA lacks; ``out`` is
+            not empty; the disk has no room.
     """
-    checkpoint = _lora_checkpoint(Path(lora))
+    checkpoint = _partial_checkpoint(Path(lora))
     target = Path(out).expanduser()
     require_new(target)
-    scale = _scales(read_json(checkpoint.path / ADAPTER_FILE), checkpoint.path)
-    pairs = _pairs(checkpoint.path)
-    new = _replacements(checkpoint)
+    adapted = checkpoint.kind == "lora"
+    scale, pairs = _adapter(checkpoint.path) if adapted else (lambda name: 1.0, {})
+    new = _replacements(checkpoint) if adapted else _projector(checkpoint)
     weights = BaseWeights(local_folder(checkpoint.base(base)))
+    _require_same_base(checkpoint, weights)
     wanted = dtype or weights.dtype
     _require_projector(checkpoint, [*new, *weights.files])
     numbers = weights.numbers + sum(tensor.numel() for tensor in new.values())
@@ -91,14 +99,41 @@ def merge_lora(
 # --- what is read ----------------------------------------------------------------------------------
 
 
-def _lora_checkpoint(folder: Path) -> Checkpoint:
+def _partial_checkpoint(folder: Path) -> Checkpoint:
     checkpoint = inspect_checkpoint(folder)
-    if checkpoint.kind != "lora":
+    if checkpoint.kind == "full":
         raise CheckpointError(
             f"{folder} is no LoRA checkpoint: it has no {ADAPTER_FILE}. Give the output folder of a run with "
-            "--lora_enable True, or a checkpoint in it."
+            "--lora_enable True or --vlora_freeze_llm True, or a checkpoint in it."
+        )
+    if MASK_KEY in checkpoint.config:
+        raise CheckpointError(
+            f"{folder} was trained on a language model pruned by mask {checkpoint.config[MASK_KEY]}; put into the "
+            "dense one, it would not be what it was. `llava-vlora ima export-24` writes pruned models."
         )
     return checkpoint
+
+
+def _adapter(
+    folder: Path,
+) -> tuple[Callable[[str], float], dict[str, tuple[Tensor, Tensor]]]:
+    """Scale and matrices of the LoRA weights."""
+    return _scales(read_json(folder / ADAPTER_FILE), folder), _pairs(folder)
+
+
+def _projector(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    tensors = read_tensors(checkpoint.path / PROJECTOR_FILE)
+    return {f"{PROJECTOR}{name}": tensor for name, tensor in projector_state(tensors).items()}
+
+
+def _require_same_base(checkpoint: Checkpoint, weights: BaseWeights) -> None:
+    """Refuse another language model than the one beside which the projector was trained alone."""
+    described = checkpoint.config.get("vlora_base") if checkpoint.kind == "projector" else None
+    named = {f"model.{place}.weight": place for place in (described or {}).get("weights", {})}
+    found = {named[n]: sample_weight(t) for n, t in weights.tensors() if n in named}
+    reason = other_samples(found, described, advice="give that one as --base")
+    if reason:
+        raise CheckpointError(f"{checkpoint.path} belongs to another language model: {reason}.")
 
 
 def _scales(stated: Mapping[str, Any], folder: Path) -> Callable[[str], float]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..config import check_derived
 from ..decoder import decoder_shape
-from ..generators import KINDS, Generator, config_of, kind_of
+from ..generators import KINDS, Generator, config_of, kind_of, projector_types
 from .compat import widen_rope_tables
 
 
@@ -27,8 +27,11 @@ class VLoRAMetaModel:
         widen_rope_tables(cast(nn.Module, self))
         if hasattr(config, "mm_vision_tower"):
             self.vision_tower = build_vision_tower(config, delay_load=True)
-            if kind_of({"mm_projector_type": getattr(config, "mm_projector_type", None)}):
+            stated = getattr(config, "mm_projector_type", None)
+            if kind_of({"mm_projector_type": stated}):
                 self.build_generator(f"The config of {config._name_or_path or 'this model'}")
+            elif stated is not None:  # of LLaVA, or of a package that has not registered it
+                projector_types(stated)
 
     def build_generator(self, where: str) -> None:
         """Create ``mm_projector`` from the settings in the config and the sizes of the live models.

@@ -12,6 +12,7 @@ from ..generators import KINDS
 from .base_model import describe_base, other_base
 from .checkpoint import is_vlora, load_projector, read_json, read_tensors
 from .flags import Request, check_starts_trained
+from .frozen import frozen_alone
 from .pruned_training import MASK_KEY
 
 #: What the generator of stage 1 has learned to read, beside its own shape.
@@ -27,14 +28,9 @@ def initialize_generator(model: Any, arguments: Any, fsdp: Any) -> None:
     """
     stage1 = arguments.pretrain_mm_mlp_adapter
     given = arguments.given()
+    check_made_alike(arguments)
     before = _stage1_config(stage1)
     kind = KINDS[arguments.mm_projector_type]
-    made_as = before.get("mm_projector_type")
-    if made_as is not None and made_as != kind.name:
-        raise CheckpointError(
-            f"{stage1} was made with --mm_projector_type {made_as}, and this run has {kind.name}. Both stages need "
-            "the same generator: change the flag, or give the projector file of another run."
-        )
     if model.get_vision_tower() is None:
         from llava.model.multimodal_encoder.builder import build_vision_tower
 
@@ -82,9 +78,26 @@ def initialize_generator(model: Any, arguments: Any, fsdp: Any) -> None:
         if reason:
             raise CheckpointError(f"{stage1} was trained with another language model: {reason}.")
         load_projector(model.mm_projector, read_tensors(Path(stage1)), Path(stage1))
-    # Stage 1 leaves the language model as it is, so that stage 2 can be held to the same one.
+    # A projector that trains alone leaves the language model as it is, so that later uses can be held to the same one.
     alone = getattr(arguments, "tune_mm_mlp_adapter", False)
+    alone = alone or frozen_alone(arguments, Request.training)
     model.config.vlora_base = describe_base(model, arguments.model_name_or_path) if alone else None
+
+
+def check_made_alike(arguments: Any) -> None:
+    """Refuse the projector file of another kind of projector.
+
+    Raises:
+        CheckpointError: ``--pretrain_mm_mlp_adapter`` holds a generator of another kind, a generator where the run has
+            LLaVA's projector, or the other way round.
+    """
+    stage1, wanted = arguments.pretrain_mm_mlp_adapter, arguments.mm_projector_type
+    made_as = _config_beside(stage1).get("mm_projector_type")
+    if made_as not in (None, wanted) and not {made_as, wanted}.isdisjoint(KINDS):
+        raise CheckpointError(
+            f"{stage1} was made with --mm_projector_type {made_as}, and this run has {wanted}. Both stages need the "
+            "same: change the flag, or give the projector file of another run."
+        )
 
 
 def _check_same(
@@ -105,8 +118,12 @@ def _derived(keys: dict[str, Any]) -> dict[str, Any]:
 
 def _stage1_config(projector_file: str | None) -> dict[str, Any]:
     """The config of the run that wrote a projector file, if it is of a VLoRA model."""
+    keys = _config_beside(projector_file)
+    return keys if is_vlora(keys) else {}
+
+
+def _config_beside(projector_file: str | None) -> dict[str, Any]:
     if projector_file is None:
         return {}
     file = Path(projector_file).parent / "config.json"
-    keys = read_json(file) if file.is_file() else {}
-    return keys if is_vlora(keys) else {}
+    return read_json(file) if file.is_file() else {}

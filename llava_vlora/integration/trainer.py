@@ -26,6 +26,7 @@ from ..training.sampling import Order, remember
 from .alignment import EXAMPLES, AlignmentRecorder
 from .checkpoint import NON_LORA_FILE, PROJECTOR_FILE, load_projector, read_tensors
 from .flags import Request
+from .frozen import freeze_all_but_projector, frozen_alone, saving_projector
 from .pruned_training import MASK_KEY
 from .quantised_training import BITS_KEY, projector_for_adapter
 from .reporting import RunReport
@@ -43,6 +44,10 @@ class ResumableTrainer(LLaVATrainer):
         self._written_to: Path | None = None
         if "processing_class" in inspect.signature(transformers.Trainer.__init__).parameters:
             kwargs["processing_class"] = kwargs.pop("tokenizer", None)  # its newer name
+        self._frozen = frozen_alone(Request.model, kwargs["args"])
+        if self._frozen:
+            freeze_all_but_projector(kwargs["model"])
+            kwargs["args"] = saving_projector(kwargs["args"])
         with projector_for_adapter(kwargs["model"]):
             super().__init__(*args, **kwargs)
         self._report = RunReport(self)
@@ -107,7 +112,8 @@ class ResumableTrainer(LLaVATrainer):
         return folder / f"checkpoint-{step}"
 
     def _run(self) -> saving.Run:
-        kind = "lora" if self._lora else "pretrain" if self._projector_alone else "full"
+        kind = "lora" if self._lora else "frozen" if self._frozen else "full"
+        kind = "pretrain" if self._projector_alone and not self._frozen else kind
         bits = getattr(self.model.config, BITS_KEY, None)
         kind += f" of {bits} bits" if bits else ""
         mask = getattr(self.model.config, MASK_KEY, None)
@@ -233,7 +239,7 @@ class ResumableTrainer(LLaVATrainer):
 
     @contextmanager
     def _without_frozen_weights(self) -> Iterator[None]:
-        """Stage 1 leaves the language model as it was: neither transformers nor DeepSpeed need write it."""
+        """Where the projector trains alone, neither transformers nor DeepSpeed need write the language model."""
         self.save_model = lambda folder, **_: Path(folder).mkdir(parents=True, exist_ok=True)
         engine = self.model_wrapped if self.is_deepspeed_enabled else None
         if engine is not None:

@@ -31,7 +31,7 @@ from .meta_model import VLoRAMetaModel
 from .modeling import LlavaVLoRALlamaForCausalLM, LlavaVLoRAMistralForCausalLM
 from .pruned_training import check_prune_flag, prune_for_training
 from .quantised_training import describe_as_its_base, prepare_options
-from .stages import initialize_generator
+from .stages import check_made_alike, initialize_generator
 from .trainer import patch_trainer
 from .zero import (
     join_process_group,
@@ -48,7 +48,7 @@ def patch_training(train: ModuleType) -> None:
     stock_arguments, stock_class = train.ModelArguments, train.LlavaLlamaForCausalLM
 
     @dataclass
-    class ModelArguments(model_arguments(stock_arguments)):  # type: ignore[misc, valid-type]
+    class ModelArguments(model_arguments(stock_arguments)):  # type: ignore[misc]
         """LLaVA's model arguments with those of VLoRA."""
 
         def __post_init__(self) -> None:
@@ -149,6 +149,8 @@ def _patch_vision_dtype() -> None:
     def initialize_vision_modules(self: Any, model_args: Any, fsdp: Any = None) -> None:
         if isinstance(self, VLoRAMetaModel):
             initialize_generator(self, model_args, fsdp)
+        else:
+            check_made_alike(model_args)
         stock(self, model_args, fsdp)
         unify_dtype(self)
         wanted = getattr(model_args, "mm_vision_dtype", None)

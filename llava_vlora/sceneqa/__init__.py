@@ -7,10 +7,12 @@ from llava_vlora.sceneqa.dataset import (
     write_dataset,
 )
 from llava_vlora.sceneqa.folder import write_benchmarks
+from llava_vlora.sceneqa.hard import HardFiles, hard_files
 from llava_vlora.sceneqa.pope import write_pope
 from llava_vlora.sceneqa.score import score
 from llava_vlora.sceneqa.sizes import (
     CATEGORIES,
+    HARD_CATEGORIES,
     SIZES,
     SceneQAError,
     SceneSize,
@@ -20,12 +22,15 @@ from llava_vlora.sceneqa.sizes import (
 
 __all__ = [
     "CATEGORIES",
+    "HARD_CATEGORIES",
     "SIZES",
+    "HardFiles",
     "SceneQAError",
     "SceneQAFiles",
     "SceneSize",
     "TrainingRecipe",
     "dataset_files",
+    "hard_files",
     "load_dataset",
     "scene_size",
     "score",

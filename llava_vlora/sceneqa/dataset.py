@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from llava_vlora.sceneqa.hard import HardFiles, HardScene, by_group, hard_files, hard_scenes
 from llava_vlora.sceneqa.questions import Question, QuestionSampler
 from llava_vlora.sceneqa.render import render
 from llava_vlora.sceneqa.scene import Scene, sample_scene, unique_scenes
-from llava_vlora.sceneqa.score import blind_levels
-from llava_vlora.sceneqa.sizes import CATEGORIES, SceneQAError, scene_size
+from llava_vlora.sceneqa.score import blind_levels, group_levels
+from llava_vlora.sceneqa.sizes import CATEGORIES, SIZES, SceneQAError, scene_size
 
 TEXT_ONLY_SHARE = 0.05
 
 Row = dict[str, object]
 Progress = Callable[[int, int], None]
+#: Image, category of the test, question.
+_Asked = tuple[str, str, Question]
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
 
 def _write_train(files: SceneQAFiles, scenes: list[Scene], rng: random.Random) -> list[Question]:
     """Writes both training files and returns the questions about images."""
-    sampler = QuestionSampler(rng)
+    sampler, size = QuestionSampler(rng), scenes[0].size
     captions: list[Row] = []
     samples: list[Row] = []
     asked: list[Question] = []
@@ -91,12 +94,13 @@ def _write_train(files: SceneQAFiles, scenes: list[Scene], rng: random.Random) -
         place = {"id": name, "image": f"{name}.png"}
         talk = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": scene.caption}]
         captions.append({**place, "conversations": talk})
-        drawn = sampler.draw(scene, scene.size.turns)
+        drawn = sampler.draw(scene, size.turns, size.categories)
         asked += drawn
         samples.append({**place, "conversations": conversation(drawn, "<image>")})
     for index in range(round(len(scenes) * TEXT_ONLY_SHARE)):
-        scene = sample_scene(scenes[0].size, rng, "train")
-        drawn = sampler.draw(scene, scene.size.turns)
+        # A description names cells, so what it describes lies in cells.
+        scene = sample_scene(SIZES[size.family], rng, "train")
+        drawn = sampler.draw(scene, size.turns, size.categories)
         talk = conversation(drawn, describe(scene))
         samples.append({"id": f"text_{index:06d}", "conversations": talk})
     rng.shuffle(samples)
@@ -108,35 +112,60 @@ def _write_train(files: SceneQAFiles, scenes: list[Scene], rng: random.Random) -
 def _write_test(files: SceneQAFiles, scenes: list[Scene], rng: random.Random) -> list[Question]:
     """Writes one question per category and scene, with labels, and returns the questions."""
     sampler = QuestionSampler(rng)
-    questions: list[Row] = []
-    answers: list[Row] = []
-    pope: list[Row] = []
-    asked: list[Question] = []
+    asked: list[_Asked] = []
     for index, scene in enumerate(scenes):
         drawn = {q.category: q for q in sampler.draw(scene, len(CATEGORIES))}
-        for question in (drawn[category] for category in CATEGORIES if category in drawn):
-            row = {"question_id": len(asked), "image": f"test_{index:06d}.png"}
-            row |= {"text": question.text, "category": question.category}
-            asked.append(question)
-            questions.append(row)
-            answers.append(
-                {
-                    "question_id": row["question_id"],
-                    "label": question.answer,
-                    "category": question.category,
-                }
-            )
-            if question.category == "existence":
-                pope.append({**row, "category": "scene", "label": question.answer})
-    write_lines(files.test_questions, questions)
-    write_lines(files.test_answers, answers)
+        asked += [(_image("test", index), c, drawn[c]) for c in CATEGORIES if c in drawn]
+    rows = _write_asked(files.test_questions, files.test_answers, asked)
+    pope = [
+        {**row, "category": "scene", "label": question.answer}
+        for row, (_, category, question) in zip(rows, asked, strict=True)
+        if category == "existence"
+    ]
     files.pope_annotations.mkdir(exist_ok=True)
     for path, dropped in (
         (files.pope_questions, "label"),
         (files.pope_annotations / "coco_pope_scene.json", "category"),
     ):
         write_lines(path, ({k: v for k, v in row.items() if k != dropped} for row in pope))
-    return asked
+    return [question for _, _, question in asked]
+
+
+def _write_asked(questions: Path, answers: Path, asked: Sequence[_Asked]) -> list[Row]:
+    """Writes a test's questions and labels; returns the rows of the questions."""
+    rows: list[Row] = [
+        {"question_id": i, "image": image, "text": question.text, "category": category}
+        for i, (image, category, question) in enumerate(asked)
+    ]
+    write_lines(questions, rows)
+    write_lines(
+        answers,
+        (
+            {"question_id": i, "label": question.answer, "category": category}
+            for i, (_, category, question) in enumerate(asked)
+        ),
+    )
+    return rows
+
+
+def _write_hard(
+    files: HardFiles, scenes: Sequence[HardScene], train: Sequence[Question]
+) -> dict[str, object]:
+    """Writes the hard test; returns its part of the statistics."""
+    asked = [
+        (_image("hard", i), h.group, h.question) for i, s in enumerate(scenes) for h in s.asked
+    ]
+    _write_asked(files.questions, files.answers, asked)
+    levels = group_levels(train, dict(by_group(scenes)))
+    return {
+        "images": len(scenes),
+        "questions": len(asked),
+        "blind": {group: asdict(level) for group, level in levels.items()},
+    }
+
+
+def _image(part: str, index: int) -> str:
+    return f"{part}_{index:06d}.png"
 
 
 def write_dataset(
@@ -155,7 +184,7 @@ def write_dataset(
         size: name of a scene size.
         seed: seed of the scenes and questions.
         train_images: number of training scenes.
-        test_images: number of held-out scenes.
+        test_images: number of held-out scenes; the hard test of a free layout has twice as many of its own.
         progress: called with (images done, images in all).
         held_out: split of the held-out scenes; "validation" to tune without the test scenes.
 
@@ -175,7 +204,7 @@ def write_dataset(
     train_questions = _write_train(files, train, rng)
     test_questions = _write_test(files, test, rng)
     levels = blind_levels(train_questions, test_questions)
-    statistics = {
+    statistics: Row = {
         "size": size,
         "seed": seed,
         "held_out": held_out,
@@ -185,9 +214,14 @@ def write_dataset(
         "test_questions": len(test_questions),
         "blind": {category: asdict(level) for category, level in levels.items()},
     }
+    shown = {"train": train, "test": test}
+    if grid.layout == "free":
+        taken = [scene.key for scene in test]
+        hard = hard_scenes(grid, test_images, held_out, f"hard {size} {seed}", taken)
+        statistics["hard"] = _write_hard(hard_files(out), hard, train_questions)
+        shown["hard"] = [one.scene for one in hard]
     files.statistics.write_text(json.dumps(statistics, indent=2) + "\n", encoding="utf-8")
-    named = [(f"train_{i:06d}.png", s) for i, s in enumerate(train)]
-    named += [(f"test_{i:06d}.png", s) for i, s in enumerate(test)]
+    named = [(_image(part, i), s) for part, scenes in shown.items() for i, s in enumerate(scenes)]
     for done, (name, scene) in enumerate(named, start=1):
         render(scene).save(files.image_folder / name)
         if progress is not None:
@@ -220,6 +254,15 @@ def load_rows(path: Path, required: Iterable[str]) -> list[Row]:
     return rows
 
 
+def _load_test(questions: Path, answers: Path) -> list[Row]:
+    """The rows of a test's questions, whose ids must be those of its labels."""
+    asked = load_rows(questions, ("question_id", "image", "text", "category"))
+    labels = load_rows(answers, ("question_id", "label", "category"))
+    if [row["question_id"] for row in asked] != [row["question_id"] for row in labels]:
+        raise SceneQAError(f"{questions} and {answers} have different question ids")
+    return asked
+
+
 def load_dataset(root: Path) -> SceneQAFiles:
     """Checks that a written dataset is complete and consistent.
 
@@ -233,12 +276,10 @@ def load_dataset(root: Path) -> SceneQAFiles:
             raise SceneQAError(f"{path} is missing; write the dataset again")
     load_rows(files.pretrain, ("id", "image", "conversations"))
     samples = load_rows(files.finetune, ("id", "conversations"))
-    questions = load_rows(files.test_questions, ("question_id", "image", "text", "category"))
-    answers = load_rows(files.test_answers, ("question_id", "label", "category"))
-    if [q["question_id"] for q in questions] != [a["question_id"] for a in answers]:
-        raise SceneQAError(
-            f"{files.test_questions} and {files.test_answers} have different question ids"
-        )
+    questions = _load_test(files.test_questions, files.test_answers)
+    hard = hard_files(root)
+    if "hard" in json.loads(files.statistics.read_text(encoding="utf-8")):
+        questions += _load_test(hard.questions, hard.answers)
     for row in (*samples, *questions):
         if "image" in row and not (files.image_folder / str(row["image"])).is_file():
             raise SceneQAError(f"image {row['image']} is missing in {files.image_folder}")

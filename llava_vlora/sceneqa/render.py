@@ -88,7 +88,7 @@ def _draw_digit(
 
 
 def render(scene: Scene) -> Image.Image:
-    """Draws a scene; object size, place in the cell and brightness vary with the scene's key.
+    """Draws a scene; object size, place in a cell and brightness vary with the scene's key.
 
     Returns:
         RGB image of ``(image_px, image_px)`` pixels, the same on every call.
@@ -99,10 +99,12 @@ def render(scene: Scene) -> Image.Image:
     image = Image.new("RGB", (side, side), _BACKGROUND)
     draw = ImageDraw.Draw(image)
     for item in scene.objects:
-        radius = cell * rng.uniform(0.36, 0.44)
-        slack = 0.47 * cell - radius
-        x = (item.column + 0.5) * cell + rng.uniform(-slack, slack)
-        y = (item.row + 0.5) * cell + rng.uniform(-slack, slack)
+        radius = item.scale * cell * rng.uniform(0.36, 0.44)
+        x, y = (_OVERSAMPLE * place for place in scene.center(item))
+        if item.spot is None:
+            slack = 0.47 * cell - radius
+            x += rng.uniform(-slack, slack)
+            y += rng.uniform(-slack, slack)
         light = rng.uniform(0.85, 1.0)
         red, green, blue = (round(channel * light) for channel in _RGB[item.color])
         if item.is_digit:

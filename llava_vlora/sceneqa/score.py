@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llava_vlora.sceneqa.questions import Question
@@ -46,6 +46,13 @@ def blind_levels(train: Sequence[Question], test: Sequence[Question]) -> dict[st
     Raises:
         SceneQAError: if a category is asked about that no training question has.
     """
+    return group_levels(train, {c: [q for q in test if q.category == c] for c in CATEGORIES})
+
+
+def group_levels(
+    train: Sequence[Question], groups: Mapping[str, Sequence[Question]]
+) -> dict[str, BlindLevel]:
+    """Measures as :func:`blind_levels` does, per group of test questions of any categories."""
     by_text: dict[str, Counter[str]] = defaultdict(Counter)
     by_category: dict[str, Counter[str]] = defaultdict(Counter)
     by_form: dict[tuple[str, str], set[str]] = defaultdict(set)
@@ -54,20 +61,21 @@ def blind_levels(train: Sequence[Question], test: Sequence[Question]) -> dict[st
         by_text[question.text][question.answer] += 1
         by_category[question.category][question.answer] += 1
     levels = {}
-    for category in CATEGORIES:
-        asked = [q for q in test if q.category == category]
+    for group, asked in groups.items():
         if not asked:
             continue
-        if not by_category[category]:
-            raise SceneQAError(
-                f"no training question is about {category}, so its chance level is unknown; write more training scenes"
-            )
-        guesses = [(by_text[q.text] or by_category[category]).most_common(1)[0][0] for q in asked]
+        for category in dict.fromkeys(q.category for q in asked):
+            if not by_category[category]:
+                raise SceneQAError(
+                    f"no training question is about {category}, so its chance level is unknown; "
+                    "write more training scenes"
+                )
+        guesses = [(by_text[q.text] or by_category[q.category]).most_common(1)[0][0] for q in asked]
         most = Counter(q.answer for q in asked).most_common(1)[0][1]
-        levels[category] = BlindLevel(
+        levels[group] = BlindLevel(
             questions=len(asked),
             chance=sum(
-                1 / len(by_form[category, q.template] or by_category[category]) for q in asked
+                1 / len(by_form[q.category, q.template] or by_category[q.category]) for q in asked
             )
             / len(asked),
             majority=most / len(asked),

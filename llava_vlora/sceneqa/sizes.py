@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from llava_vlora.errors import VLoRAError
 
 CATEGORIES = ("color", "shape", "digit", "position", "relation", "counting", "existence")
+#: Asked in training where objects lie freely; in tests it belongs to the hard ones.
+TWO_STEP = "two-step relation"
+#: What the hard test of such a size asks.
+HARD_CATEGORIES = ("free position", TWO_STEP, "small digit")
 DIGITS = tuple("0123456789")
 
 
@@ -55,8 +59,10 @@ class SceneSize:
 
     Attributes:
         name: registry name.
-        cells: rows and columns of the object grid.
-        cell_px: side of one grid cell in pixels.
+        family: the size whose vision tower fits, and by whose name a scene's split is decided.
+        layout: ``grid`` if every object has a cell of its own, ``free`` if it lies anywhere.
+        cells: rows and columns of the object grid; of a free layout, of the places in captions.
+        cell_px: side of one grid cell in pixels; an object has as much room in either layout.
         patch_px: patch side of the matching CLIP tower in pixels.
         regions: rows and columns of named regions ("top left"), divides ``cells``.
         min_objects: fewest objects in a scene.
@@ -68,6 +74,8 @@ class SceneSize:
     """
 
     name: str
+    family: str
+    layout: Literal["grid", "free"]
     cells: int
     cell_px: int
     patch_px: int
@@ -78,6 +86,16 @@ class SceneSize:
     shapes: tuple[str, ...]
     turns: int
     recipe: TrainingRecipe
+
+    @property
+    def tower(self) -> str:
+        """Folder of the vision tower among the package's assets."""
+        return f"clip_{self.family}"
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """What training asks about."""
+        return CATEGORIES if self.layout == "grid" else (*CATEGORIES, TWO_STEP)
 
     @property
     def image_px(self) -> int:
@@ -101,11 +119,14 @@ _PAPER: dict[str, Any] = {
     "vlora_type": "qkvom",
     "skip_layers": 1,
 }
-_FAST: dict[str, Any] = {"vlora_dim": 128, "skip_layers": 1}
+_FAST: dict[str, Any] = {"vlora_dim": 128, "skip_layers": 2}
 
-SIZES: dict[str, SceneSize] = {
+#: The sizes that have a vision tower of their own.
+GRIDS: dict[str, SceneSize] = {
     "small": SceneSize(
         name="small",
+        family="small",
+        layout="grid",
         cells=4,
         cell_px=14,
         patch_px=14,
@@ -124,12 +145,14 @@ SIZES: dict[str, SceneSize] = {
             finetune_steps=640,
             finetune_batch=32,
             finetune_lr=2e-3,
-            projector_lr=1e-3,
+            projector_lr=2e-3,
             generators={"vlora": _PAPER | {"vlora_dim": 128}, "vlora_fast": _FAST},
         ),
     ),
     "full": SceneSize(
         name="full",
+        family="full",
+        layout="grid",
         cells=6,
         cell_px=28,
         patch_px=14,
@@ -152,6 +175,12 @@ SIZES: dict[str, SceneSize] = {
             generators={"vlora": _PAPER | {"vlora_dim": 256}, "vlora_fast": _FAST},
         ),
     ),
+}
+
+#: All sizes; a ``-free`` one differs from its family in where objects lie and in what is asked.
+SIZES: dict[str, SceneSize] = {
+    **GRIDS,
+    **{f"{n}-free": replace(s, name=f"{n}-free", layout="free") for n, s in GRIDS.items()},
 }
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import VLoRAConfig
+from ..config import GeneratorConfig
 from ..demo.plan import STAGES, Stage
 from ..errors import ConfigError, listing
+from ..generators import KINDS, Kind, kind_of, projector_types
 from .reading import Item
 
 if TYPE_CHECKING:
@@ -97,20 +100,101 @@ def merged(first: Flags, second: Flags) -> Flags:
     return {stage: {**first[stage], **second[stage]} for stage in STAGES}
 
 
+def no_flags(stage: Stage, projector: str) -> Mapping[str, str]:
+    """The recipe of a sweep without one."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Base:
+    """What every variant begins with."""
+
+    given: Flags
+    """What the file says of all."""
+    recipe: Callable[[Stage, str], Mapping[str, str]] = no_flags
+    """Flags of a stage for a value of ``--mm_projector_type``, which ``given`` changes."""
+
+    def variant(self, own: Flags, item: Item) -> Flags:
+        """The flags of a variant, without the settings of other generators that it has from the base alone.
+
+        Args:
+            own: What it says itself.
+            item: Where.
+
+        Raises:
+            ConfigError: The variant itself gives a setting that its generator does not have.
+        """
+        found: dict[Stage, Mapping[str, str]] = {}
+        for stage in STAGES:
+            projector = {**self.given[stage], **own[stage]}.get("mm_projector_type", "")
+            foreign = _settings() - _settings(projector)
+            for name in own[stage].keys() & foreign:
+                raise _found(item, stage, name).error(_no_setting(projector, name))
+            kept = {n: text for n, text in self.given[stage].items() if n not in foreign}
+            found[stage] = {**self.recipe(stage, projector), **kept, **own[stage]}
+        return found
+
+    def check_used(self, item: Item, variants: list[Flags]) -> None:
+        """Refuse a setting that stands in the base and that no variant's generator has; ``ConfigError``."""
+        for stage in STAGES:
+            projectors = {flags[stage].get("mm_projector_type", "") for flags in variants}
+            for name in self.given[stage].keys() & _settings():
+                if not any(name in _settings(projector) for projector in projectors):
+                    what = _no_setting(sorted(projectors)[0], name)
+                    raise _found(item, stage, name).error(f"{what} Nor do other variants.")
+
+
+def _settings(projector: str | None = None) -> set[str]:
+    """Names of the settings of a generator, or of all."""
+    rows = [row for row in KINDS.values() if projector in (None, row.name)]
+    return {name for row in rows for name in row.config.names()}
+
+
+def _no_setting(projector: str, name: str) -> str:
+    own = listing(KINDS[projector].config.names()) if projector in KINDS else "none"
+    return f"mm_projector_type {projector} has no setting {name!r}; it has {own}."
+
+
+def _found(item: Item, stage: Stage, name: str) -> Item:
+    """Where a flag stands below an item, or the item itself."""
+    entries = item.mapping("it") if item.is_mapping else {}
+    below = entries[stage].mapping("it") if stage in entries else {}
+    return below.get(name, entries.get(name, item))
+
+
 def meaning(flags: Mapping[str, str], known: Mapping[str, ReadFlag]) -> dict[str, Any]:
-    """What the flags of a stage ask for: values instead of texts, VLoRA's defaults spelt out, the rest left out.
+    """What the flags of a stage ask for: values instead of texts, defaults of generators spelt out, the rest left out.
 
     Raises:
-        ConfigError: The settings of VLoRA contradict each other.
+        ConfigError: The settings of the generator contradict each other.
     """
     values = {n: known[n](text) for n, text in flags.items() if n not in _WITHOUT_EFFECT}
-    settings = VLoRAConfig().to_keys() | {"vlora_layers": None}
-    if values.get("mm_projector_type") == "vlora":
-        config = VLoRAConfig.from_keys(values, where="the flags")
-        values |= config.to_keys() | {"vlora_alpha": config.scale * config.rank}
-    else:  # LLaVA's projectors do not read them
-        values = {n: v for n, v in values.items() if n not in settings}
+    kind = kind_of(values)
+    settings = {} if kind is None else _config(kind, values).to_keys()
+    values = {n: v for n, v in values.items() if n not in _settings()} | settings
     return {n: values[n] for n in sorted(values)}
+
+
+def _config(kind: Kind, values: Mapping[str, Any]) -> GeneratorConfig:
+    """The settings of a generator, with what follows from the vision tower if it is at hand."""
+    config = kind.config.from_keys(values, where="the flags").spelt_out()
+    patches = _patches(Path(values["vision_tower"])) if "vision_tower" in values else None
+    if patches is None:
+        return config
+    return config.resolved(patches + (values.get("mm_vision_select_feature") == "cls_patch"))
+
+
+@cache
+def _patches(tower: Path) -> int | None:
+    """Patches of an image, by the config of a vision tower in a folder."""
+    file = tower / "config.json"
+    if not file.is_file():
+        return None
+    stated = json.loads(file.read_text(encoding="utf-8"))
+    sizes = stated.get("vision_config", stated)
+    if not {"image_size", "patch_size"} <= sizes.keys():
+        return None
+    return int(sizes["image_size"] // sizes["patch_size"]) ** 2
 
 
 def check(flags: Flags, known: Mapping[str, ReadFlag], where: str) -> None:
@@ -126,6 +210,7 @@ def check(flags: Flags, known: Mapping[str, ReadFlag], where: str) -> None:
                 f"{where}: {stage} lacks {listing(missing)}; give it below `base`, or a `sceneqa:` block."
             )
         try:
+            projector_types(flags[stage]["mm_projector_type"])
             _check_layers(meaning(flags[stage], known))
         except ConfigError as error:
             raise ConfigError(f"{where}: {stage}: {error}") from error
@@ -144,8 +229,8 @@ def lost_files(flags: Flags, made: Path) -> list[str]:
 
 
 def _check_layers(values: Mapping[str, Any]) -> None:
-    config = Path(values["model_name_or_path"]) / "config.json"
-    if values["mm_projector_type"] == "vlora" and config.is_file():
+    config, kind = Path(values["model_name_or_path"]) / "config.json", kind_of(values)
+    if kind is not None and config.is_file():
         layers = json.loads(config.read_text(encoding="utf-8")).get("num_hidden_layers")
         if layers is not None:
-            VLoRAConfig.from_keys(values, where="the flags").layers(layers)
+            kind.config.from_keys(values, where="the flags").layers(layers)

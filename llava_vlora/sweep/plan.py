@@ -26,7 +26,7 @@ Kind = Literal["pretrain", "finetune", "evaluate", "blind"]
 _FILES = ("data_path", "deepspeed", "pretrain_mm_mlp_adapter", "vlora_prune_mask")
 _MODELS = ("model_name_or_path", "vision_tower", "vlora_features")
 #: Flags after which a folder holds only part of a model.
-_PARTIAL = ("lora_enable", "tune_mm_mlp_adapter")
+_PARTIAL = ("lora_enable", "tune_mm_mlp_adapter", "vlora_freeze_llm")
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,9 @@ def _run(spec: Spec, variant: Variant, seed: int, shared: dict[str, Step]) -> Ru
         pretrain = _training(spec, "pretrain", name, seed, variant.flags["pretrain"], None)
         pretrain = shared.setdefault(pretrain.key, pretrain)
     finetune = _training(spec, "finetune", name, seed, second, pretrain)
-    kinds: tuple[Kind, ...] = ("evaluate", "blind") if spec.evaluate.blind else ("evaluate",)
+    asked = spec.evaluate
+    blind = asked.blind and (not asked.blind_of or variant.name in asked.blind_of)
+    kinds: tuple[Kind, ...] = ("evaluate", "blind") if blind else ("evaluate",)
     evaluations = tuple(_evaluation(spec, kind, name, finetune) for kind in kinds)
     return Run(variant, seed, pretrain, finetune, evaluations)
 

@@ -54,6 +54,11 @@ class Item:
         """Whether it has keys."""
         return isinstance(self.node, yaml.MappingNode)
 
+    @property
+    def is_list(self) -> bool:
+        """Whether it has items."""
+        return isinstance(self.node, yaml.SequenceNode)
+
     def items(self, what: str) -> list[Item]:
         """The values of a list; ``ConfigError`` if it is none or empty."""
         if not isinstance(self.node, yaml.SequenceNode) or not self.node.value:

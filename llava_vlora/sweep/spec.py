@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..benchmarks import find
-from ..demo.plan import STAGES, recipe_flags
+from ..config import GeneratorConfig
+from ..demo.plan import STAGES, Stage, recipe_flags
 from ..errors import ConfigError, listing
+from ..generators import KINDS, Kind
 from ..sceneqa import SIZES, dataset_files, scene_size
-from .flags import Flags, meaning, merged, read_flags
+from .flags import Base, Flags, meaning, merged, no_flags, read_flags
 from .reading import Item, read_yaml
-from .variants import WAYS, Block, Variant, expand
+from .variants import NOTHING, WAYS, Block, Variant, expand
 
 if TYPE_CHECKING:
     from ..integration.trainer_flags import ReadFlag
@@ -51,6 +54,8 @@ class Evaluating:
     launcher: tuple[str, ...]
     limit: int | None = None
     blind: bool = False
+    blind_of: tuple[str, ...] = ()
+    """Variants that are also asked blind; all without any."""
     conv_mode: str = "vicuna_v1"
     batch_size: int | None = None
     bits: int | None = None
@@ -103,25 +108,23 @@ def read_spec(file: Path, known: Mapping[str, ReadFlag], *, out: Path | None = N
         )
     root = (out or Path(keys["out"].text("out"))).expanduser().resolve()
     scenes = _scenes(keys["sceneqa"]) if "sceneqa" in keys else None
-    base: Flags = {stage: {"version": _VERSIONS[stage]} for stage in STAGES}
-    if scenes is not None:
-        base = merged(base, _scene_flags(scenes, root))
-    if "base" in keys:
-        base = merged(base, read_flags(keys["base"], "`base`", known))
-        for stage in STAGES:
-            try:
-                meaning(base[stage], known)
-            except ConfigError as error:
-                raise keys["base"].error(f"{stage}: {error}") from error
+    base = _base(keys, scenes, root, known)
     launcher = _words(keys["launcher"]) if "launcher" in keys else ("python",)
     variants, blocks = expand(ways[0], keys[ways[0]], base, known)
+    if "base" in keys:
+        base.check_used(keys["base"], [variant.flags for variant in variants])
     return Spec(
         file=file,
         out=root,
         launcher=launcher,
         trainer=keys["trainer"].text("trainer") if "trainer" in keys else "llava.train.train",
         scenes=scenes,
-        evaluate=_evaluating(keys["evaluate"], launcher, scenes.root(root) if scenes else None),
+        evaluate=_evaluating(
+            keys["evaluate"],
+            launcher,
+            scenes.root(root) if scenes else None,
+            [variant.name for variant in variants],
+        ),
         seeds=_seeds(keys["seeds"]) if "seeds" in keys else (0,),
         variants=tuple(variants),
         blocks=tuple(blocks),
@@ -163,19 +166,60 @@ def _scenes(item: Item) -> Scenes:
     return Scenes(size, **number)
 
 
-def _scene_flags(scenes: Scenes, out: Path) -> Flags:
-    """The recipe of the size. Its alpha is its rank, and is left out, so that all ranks have a scale of one."""
+def _base(
+    keys: Mapping[str, Item], scenes: Scenes | None, root: Path, known: Mapping[str, ReadFlag]
+) -> Base:
+    """What stands before and in `base`; errors with their lines."""
+    given: Flags = {stage: {"version": _VERSIONS[stage]} for stage in STAGES}
+    if scenes is not None:
+        given = merged(given, {stage: {"mm_projector_type": "vlora"} for stage in STAGES})
+    if "base" in keys:
+        given = merged(given, read_flags(keys["base"], "`base`", known))
+    base = Base(given, partial(_scene_flags, scenes, root) if scenes else no_flags)
+    if "base" in keys:
+        plain = base.variant(NOTHING, keys["base"])
+        for stage in STAGES:
+            try:
+                meaning(plain[stage], known)
+            except ConfigError as error:
+                raise keys["base"].error(f"{stage}: {error}") from error
+    return base
+
+
+def _scene_flags(scenes: Scenes, out: Path, stage: Stage, projector: str) -> dict[str, str]:
+    """The recipe of the size, without settings that only say what leaving them out means.
+
+    The paper's alpha is its rank there: left out, all ranks have a scale of one.
+    """
+    recipe = scene_size(scenes.size).recipe
     files = dataset_files(scenes.root(out) / "sceneqa")
-    found = {}
-    for stage in STAGES:
-        flags = recipe_flags(scenes.size, scene_size(scenes.size).recipe, files, stage)
-        del flags["vlora_alpha"]
-        flags |= {"mm_projector_type": "vlora", "save_strategy": "no"}
-        found[stage] = {name: str(value) for name, value in flags.items()}
-    return found
+    flags = recipe_flags(scenes.size, recipe, files, stage, projector)
+    kind = KINDS.get(projector)
+    for name in [] if kind is None else kind.config.names():
+        rest = {key: value for key, value in flags.items() if key != name}
+        if (
+            name in flags
+            and kind
+            and _unset(kind, name)
+            and _meant(kind, rest) == _meant(kind, flags)
+        ):
+            flags = rest
+    flags["save_strategy"] = "no"
+    return {name: str(value) for name, value in flags.items()}
 
 
-def _evaluating(item: Item, launcher: tuple[str, ...], made: Path | None) -> Evaluating:
+def _unset(kind: Kind, name: str) -> bool:
+    """Whether a setting is None unless it is given."""
+    return getattr(kind.config(), kind.config.names()[name]) is None
+
+
+def _meant(kind: Kind, flags: Mapping[str, object]) -> GeneratorConfig:
+    return kind.config.from_keys(flags, where="The recipe").spelt_out()
+
+
+def _evaluating(
+    item: Item, launcher: tuple[str, ...], made: Path | None, variants: Sequence[str]
+) -> Evaluating:
     keys = item.mapping("`evaluate`", _EVALUATE)
     if "benchmarks" not in keys:
         raise item.error("`evaluate` needs `benchmarks`, such as [pope, scienceqa].")
@@ -189,6 +233,14 @@ def _evaluating(item: Item, launcher: tuple[str, ...], made: Path | None) -> Eva
             raise one.error(str(error)) from error
     if len({name for _, name in names}) < len(names):
         raise keys["benchmarks"].error("`benchmarks` has a name twice.")
+    blind_of: tuple[str, ...] = ()
+    if "blind" in keys and keys["blind"].is_list:
+        listed = keys["blind"].items("`blind`")
+        unknown = [one for one in listed if one.text("a variant") not in variants]
+        if unknown:
+            name = unknown[0].text("a variant")
+            raise unknown[0].error(f"`blind`: no variant {name!r}; valid: {listing(variants)}.")
+        blind_of = tuple(one.text("a variant") for one in listed)
     if "launcher" in keys:
         launcher = _words(keys["launcher"])
     elif "torchrun" not in launcher:
@@ -197,7 +249,8 @@ def _evaluating(item: Item, launcher: tuple[str, ...], made: Path | None) -> Eva
         benchmarks=tuple(name for _, name in names),
         data=made or Path(keys["data"].text("data") if "data" in keys else "playground/data/eval"),
         launcher=launcher,
-        blind="blind" in keys and keys["blind"].truth("blind"),
+        blind=bool(blind_of) or ("blind" in keys and keys["blind"].truth("blind")),
+        blind_of=blind_of,
         conv_mode=keys["conv_mode"].text("conv_mode") if "conv_mode" in keys else "vicuna_v1",
         **{n: keys[n].number(n, 1) for n in ("limit", "batch_size", "bits") if n in keys},
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..demo.plan import STAGES
 from ..errors import ConfigError, listing
-from .flags import Flags, check, meaning, merged, read_flag, read_flags
+from .flags import Base, Flags, check, meaning, merged, read_flag, read_flags
 from .reading import Item
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 DEFAULT = "default"
 WAYS = ("variants", "axes", "grid")
+#: The flags of a variant that is the base.
+NOTHING: Flags = {stage: {} for stage in STAGES}
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 
 
@@ -59,14 +61,14 @@ class _Choice:
 
 
 def expand(
-    way: str, item: Item, base: Flags, known: Mapping[str, ReadFlag]
+    way: str, item: Item, base: Base, known: Mapping[str, ReadFlag]
 ) -> tuple[list[Variant], list[Block]]:
     """Variants and tables.
 
     Args:
         way: One of :data:`WAYS`.
         item: What stands below it.
-        base: Flags of every variant.
+        base: Base of every variant.
         known: LLaVA's flags.
 
     Raises:
@@ -82,7 +84,7 @@ def expand(
 
 
 def _listed(
-    item: Item, base: Flags, known: Mapping[str, ReadFlag]
+    item: Item, base: Base, known: Mapping[str, ReadFlag]
 ) -> tuple[list[Variant], list[Block]]:
     variants = []
     for one in item.items("`variants`"):
@@ -94,9 +96,10 @@ def _listed(
             raise entries["name"].error(
                 f"the name {name!r} must be of letters, digits and . _ + = -, because folders have it."
             )
-        flags = merged(base, read_flags(one, f"the variant {name!r}", known, name=True))
-        variants.append(_variant(name, flags, one, known))
-    default = next((v.name for v in variants if _same(v.flags, base, known)), None)
+        own = read_flags(one, f"the variant {name!r}", known, name=True)
+        variants.append(_variant(name, base.variant(own, one), one, known))
+    plain = base.variant(NOTHING, item)
+    default = next((v.name for v in variants if _same(v.flags, plain, known)), None)
     return variants, [Block("variants", tuple(Row(v.name, v.name) for v in variants), default)]
 
 
@@ -114,16 +117,18 @@ def _axis(title: str, item: Item, known: Mapping[str, ReadFlag]) -> list[_Choice
 
 
 def _axes(
-    axes: Mapping[str, list[_Choice]], base: Flags, known: Mapping[str, ReadFlag]
+    axes: Mapping[str, list[_Choice]], base: Base, known: Mapping[str, ReadFlag]
 ) -> tuple[list[Variant], list[Block]]:
-    default = _variant(DEFAULT, base, next(iter(axes.values()))[0].item, known)
+    first = next(iter(axes.values()))[0].item
+    default = _variant(DEFAULT, base.variant(NOTHING, first), first, known)
     variants, blocks = [default], []
     for title, choices in axes.items():
         rows: list[Row] = []
         for choice in choices:
             name = _slug(f"{title}-{choice.label}")
-            variant = _variant(name, merged(base, choice.flags), choice.item, known)
-            if _same(variant.flags, base, known):
+            flags = base.variant(choice.flags, choice.item)
+            variant = _variant(name, flags, choice.item, known)
+            if _same(variant.flags, default.flags, known):
                 if any(row.variant == DEFAULT for row in rows):
                     raise choice.item.error(f"{title} {choice.label}: the default stands twice.")
                 variant = default
@@ -131,29 +136,33 @@ def _axes(
                 variants.append(variant)
             rows.append(Row(choice.label, variant.name))
         if all(row.variant != DEFAULT for row in rows):
-            rows.insert(0, Row(_base_value(title, base), DEFAULT))
+            rows.insert(0, Row(_value(title, default.flags, known), DEFAULT))
         blocks.append(Block(title, tuple(rows), DEFAULT))
     return variants, blocks
 
 
-def _base_value(title: str, base: Flags) -> str:
-    stage, dot, name = title.partition(".")
+def _value(title: str, flags: Flags, known: Mapping[str, ReadFlag]) -> str:
+    """What the default has on an axis, if that is one value."""
+    stage, dot, flag = title.partition(".")
+    name = flag if dot else title
     stages = [s for s in STAGES if not dot or s == stage]
-    values = {base[s].get(name if dot else title) for s in stages}
-    return next((v for v in values if v is not None and len(values) == 1), DEFAULT)
+    values = {flags[s].get(name, str(meaning(flags[s], known).get(name))) for s in stages}
+    return next((v for v in values if v != "None" and len(values) == 1), DEFAULT)
 
 
 def _grid(
-    axes: Mapping[str, list[_Choice]], base: Flags, known: Mapping[str, ReadFlag]
+    axes: Mapping[str, list[_Choice]], base: Base, known: Mapping[str, ReadFlag]
 ) -> tuple[list[Variant], list[Block]]:
     variants = []
     for chosen in itertools.product(*axes.values()):
-        flags = base
+        own = NOTHING
         for choice in chosen:
-            flags = merged(flags, choice.flags)
+            own = merged(own, choice.flags)
         parts = [f"{t}-{c.label}" for t, c in zip(axes, chosen, strict=True)]
+        flags = base.variant(own, chosen[-1].item)
         variants.append(_variant(_slug("_".join(parts)), flags, chosen[-1].item, known))
-    default = next((v.name for v in variants if _same(v.flags, base, known)), None)
+    plain = base.variant(NOTHING, chosen[-1].item)
+    default = next((v.name for v in variants if _same(v.flags, plain, known)), None)
     rows = tuple(Row(v.name, v.name) for v in variants)
     return variants, [Block(" x ".join(axes), rows, default)]
 

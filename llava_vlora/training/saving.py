@@ -36,7 +36,8 @@ class Run:
     """What two runs must have in common for one to go on from the other's checkpoint."""
 
     kind: str
-    """``pretrain`` (projector alone), ``full`` or ``lora``; quantised and pruned ones say so, as ``lora of 4 bits``."""
+    """``pretrain`` or ``frozen`` (projector alone), ``full`` or ``lora``; quantised and pruned ones say so, as
+    ``lora of 4 bits``."""
     engine: str
     """``torch`` or ``ZeRO-<stage>``."""
     processes: int
