@@ -27,7 +27,9 @@ def test_figures_are_those_of_the_committed_results(mark: str) -> None:
     try:
         assert SCRIPT["updated"](text, mark) == text
     except (SCRIPT["Outdated"], SCRIPT["bench_blocks"].NoResult) as reason:
-        refused = str(reason)  # the table of an older run stays until the command that it names is run
+        refused = str(
+            reason
+        )  # the table of an older run stays until the command that it names is run
     assert re.fullmatch(r"(docs/results/\S+ .*run scripts/.*)?", refused)
     assert text.count(f"<!-- {mark}:start -->") == text.count(f"<!-- {mark}:end -->") == 1
 
