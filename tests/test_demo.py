@@ -474,14 +474,18 @@ def test_the_whole_demo_stops_goes_on_and_hands_its_folder_over(
     # Other verbs take the folder as it is: compare finds all answers and costs, and loads nothing.
     costs = {file: file.read_bytes() for file in (out / "eval").glob("*.cost.json")}
     assert len(costs) == 1 + len(KINDS)
-    command = next(text for text in printed.splitlines() if " compare " in text).split()[3:]
+    command = next(text for text in printed.splitlines() if "llava_vlora compare " in text).split()[
+        3:
+    ]
     assert main([*command, "--device", "cpu"]) == 0
     assert {file: file.read_bytes() for file in costs} == costs
     (out / "report.html").unlink()
     assert main(["report", str(out)]) == 0
     assert json.loads((out / "report.json").read_text()) == report
     assert (out / "report.html").stat().st_size > 100_000
-    command = next(text for text in printed.splitlines() if " ima views " in text).split()[3:]
+    command = next(
+        text for text in printed.splitlines() if "llava_vlora ima views " in text
+    ).split()[3:]
     assert main([*command, "--limit", "4", "--device", "cpu"]) == 0
     assert (out / "ima" / "views.json").is_file()
     capsys.readouterr()
