@@ -149,7 +149,7 @@ class Grid:
     def back(self, shares: Tensor) -> Tensor:
         """What each vector has, ``[..., vectors]``, given to the patches of its stride, ``[..., patches]``."""
         first, cells = torch.split_with_sizes(shares, [self.rest, self.across**2], dim=-1)
-        square = cells.unflatten(-1, (self.across, self.across))
+        square = cells.reshape(*cells.shape[:-1], self.across, self.across)
         for dim in (-2, -1):
             square = square.repeat_interleave(self.stride, dim=dim)
         square = square[..., : self.side, : self.side]
