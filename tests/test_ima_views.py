@@ -209,8 +209,8 @@ def test_streams_are_what_each_module_adds(model: Any, batch: Batch) -> None:
                     torch.testing.assert_close(
                         plain + u,
                         given[letter, block][i][batch.where("T")[i]],
-                        rtol=1e-5,
-                        atol=5e-5,
+                        rtol=1e-4,
+                        atol=5e-4,
                     )
                 ratios.append((u.norm(dim=1) / plain.norm(dim=1)).quantile(0.5))
                 cosines.append(nn.functional.cosine_similarity(u, plain).quantile(0.5))
