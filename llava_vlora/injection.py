@@ -36,6 +36,8 @@ from .turns import turns
 from .weights import PerceptualWeights
 
 _Place = tuple[str, int]  # weight type, decoder layer
+#: Where the core is among factors, which have a weight type.
+_CORE_PLACE: _Place = ("", 0)
 #: Weight types that read the same hidden state, in the order in which a decoder layer calls them.
 _ONE_INPUT = "qkv"
 
@@ -131,9 +133,9 @@ class _Seen:
         self.bridge = None
         if leaves:
             core = () if self.core is None else (self.core,)
-            self.bridge = Bridge({**self.factors, None: core})
-            leaf = self.bridge.leaves.pop(None)
-            self.factors, self.core = self.bridge.leaves, leaf[0] if leaf else None
+            self.bridge = Bridge({**self.factors, _CORE_PLACE: core})
+            self.factors = dict(self.bridge.leaves)
+            self.core = next(iter(self.factors.pop(_CORE_PLACE)), None)
 
     def add(self, place: _Place, x: Tensor, output: Tensor) -> Tensor:
         """``output + (x a) b^T``, with the core between, for ``x [N, L, I]`` and ``output [N, L, O]``."""
